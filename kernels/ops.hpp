@@ -1,0 +1,205 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+/// The one list of operations that a back end implements. A model is written
+/// in terms of these and of nothing else, so a new device is a new
+/// implementation of `ops` and no change anywhere above it.
+///
+/// Every operation is batch-invariant: what it computes for a row does not
+/// depend on the other rows of the call, on their number or order, nor on
+/// the number of threads (design P2). Sums run in a fixed order.
+namespace troupe::kernels {
+
+enum class element_type : std::uint8_t { f32, bf16, f16, f8_e4m3 };
+
+/// Bytes of one element.
+std::size_t size_of(element_type type);
+
+/// A weight as the checkpoint stores it: row-major [num_rows (out), num_cols (in)].
+/// The element (r, c) stands for `data[r, c] * scales[r / block_rows, c / block_cols]`,
+/// or for `data[r, c]` where there are no scales.
+struct weight_matrix {
+  const void* data = nullptr;
+  element_type type = element_type::f32;
+  std::int32_t num_rows = 0;
+  std::int32_t num_cols = 0;
+  const float* scales = nullptr; ///< [ceil(num_rows / block_rows), ceil(num_cols / block_cols)]
+  std::int32_t block_rows = 128;
+  std::int32_t block_cols = 128;
+};
+
+/// Rows of activations in device memory, elements of `ops::activation_type()`.
+struct rows_view {
+  void* data = nullptr;
+  std::int32_t num_rows = 0;
+  std::int32_t num_cols = 0;
+  std::int32_t stride = 0; ///< elements from one row to the next, >= num_cols
+};
+
+/// Where each row of a micro-batch stands: its sequence and its position
+/// in it. Arrays are in host memory and live as long as the call.
+struct batch_view {
+  std::span<const std::int32_t> positions;     ///< [rows] absolute position, from 0
+  std::span<const std::int32_t> sequences;     ///< [rows] index into block_table_offsets
+  std::span<const std::int32_t> block_tables;  ///< page indices of all sequences, concatenated
+  std::span<const std::int32_t> block_table_offsets; ///< [sequences] first entry in block_tables
+};
+
+/// The latent KV pages of one layer: [num_pages, page_tokens, latent_dim + rope_dim],
+/// the normalised latent first and the rotated shared key behind it.
+struct kv_layer_view {
+  void* data = nullptr; ///< elements of `ops::activation_type()`
+  std::int32_t num_pages = 0;
+  std::int32_t page_tokens = 0;
+  std::int32_t latent_dim = 0;
+  std::int32_t rope_dim = 0;
+};
+
+/// DeepSeek's `noaux_tc` router; see the architecture notes in src/model/deepseek.hpp.
+struct router_params {
+  std::int32_t num_experts = 0;
+  std::int32_t num_groups = 1;
+  std::int32_t num_groups_kept = 1;
+  std::int32_t top_k = 1;
+  float scaling_factor = 1.0F;
+  bool normalise = true;
+};
+
+/// One expert of a MoE layer: SwiGLU, down(silu(gate(x)) * up(x)).
+struct expert_weights {
+  weight_matrix gate, up, down;
+};
+
+/// A row that one expert has to compute.
+struct expert_task {
+  std::int32_t row;    ///< row of the input
+  std::int32_t expert; ///< index into the span of experts given to `experts`
+};
+
+/// How one row of logits becomes a token.
+struct sampling_params {
+  float temperature = 0.0F; ///< 0 takes the most likely token
+  std::int32_t top_k = 0;   ///< 0: no limit
+  float top_p = 1.0F;
+  float min_p = 0.0F;
+  std::uint64_t seed = 0;
+  std::uint32_t position = 0; ///< with the seed, the key of the counter-based generator
+  std::int32_t num_logprobs = 0; ///< how many of the best tokens to report, 0 to kMaxLogprobs
+  std::int32_t target = -1;  ///< >= 0: draw nothing, report this token's log-probability
+  std::span<const std::int32_t> banned; ///< tokens that must not be drawn (end of text under min_tokens)
+};
+
+inline constexpr std::int32_t kMaxLogprobs = 20;
+
+/// What came of one row of logits. Log-probabilities are natural logarithms
+/// of softmax(logits), before temperature and filters.
+struct sampled_token {
+  std::int32_t token = 0;
+  float logprob = 0.0F;
+  std::int32_t num_top = 0;
+  std::int32_t top_tokens[kMaxLogprobs];
+  float top_logprobs[kMaxLogprobs]; ///< descending; ties by lower token id
+};
+
+class ops {
+public:
+  virtual ~ops() = default;
+
+  /// "cpu (avx512, 2 threads)" and the like.
+  virtual const char* description() const = 0;
+
+  virtual element_type activation_type() const = 0;
+
+  /// Device memory, zeroed, 64-byte aligned; released with the back end's deleter.
+  virtual std::shared_ptr<void> allocate(std::size_t bytes) = 0;
+
+  /// Makes a weight usable on the device: the CPU returns it as it is, a GPU
+  /// returns a view of its own copy, which lives as long as this object.
+  virtual weight_matrix place(const weight_matrix& weight) = 0;
+
+  /// Copies rows between host memory (dense, activation_type) and the device.
+  virtual void copy_to_host(const rows_view& from, void* to) = 0;
+  virtual void copy_from_host(const void* from, const rows_view& to) = 0;
+
+  /// out[i] = table[ids[i]]. Ids must be in range.
+  virtual void embed(const weight_matrix& table, std::span<const std::int32_t> ids,
+                     const rows_view& out) = 0;
+
+  /// out = x * rsqrt(mean(x^2) + epsilon) * weight, [rows, cols]; out may be x.
+  virtual void rms_norm(const rows_view& x, const float* weight, float epsilon,
+                        const rows_view& out) = 0;
+
+  /// out[m, n] = sum_k x[m, k] * w[n, k].
+  virtual void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) = 0;
+
+  /// Per head h: out[m, h, :] = w[h] * x[m, h, :]. Rows hold their heads at
+  /// multiples of `x_head_stride` and `out_head_stride` elements; w holds
+  /// num_heads blocks of [out_dim, in_dim], float32, one behind the other.
+  virtual void linear_per_head(const rows_view& x, std::int32_t x_head_stride, const float* w,
+                               std::int32_t num_heads, std::int32_t in_dim, std::int32_t out_dim,
+                               const rows_view& out, std::int32_t out_head_stride) = 0;
+
+  /// Rotates interleaved pairs in place: for every row and head the `rope_dim`
+  /// elements that start at head * head_stride + offset. inv_freq holds rope_dim / 2
+  /// values; cos and sin are multiplied by `magnitude`.
+  virtual void rope(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+                    std::int32_t offset, std::int32_t rope_dim,
+                    std::span<const std::int32_t> positions, const float* inv_freq,
+                    float magnitude) = 0;
+
+  /// Writes the latent [rows, latent_dim] and the rotated key [rows, rope_dim] of each row to
+  /// its page, by position.
+  virtual void append_kv(const rows_view& latent, const rows_view& rope_key,
+                         const batch_view& batch, const kv_layer_view& kv) = 0;
+
+  /// Absorbed multi-head latent attention of each row over positions 0..own of its sequence:
+  /// score = scale * (q_latent . latent + q_rope . rope_key), out = softmax(score) . latent.
+  /// q_latent and out: [rows, num_heads * latent_dim]. q_rope: rope_dim elements at
+  /// head * q_rope_head_stride.
+  virtual void latent_attention(const rows_view& q_latent, const rows_view& q_rope,
+                                std::int32_t q_rope_head_stride, std::int32_t num_heads,
+                                float scale, const batch_view& batch, const kv_layer_view& kv,
+                                const rows_view& out) = 0;
+
+  /// out = silu(gate) * up, element by element; out may be gate or up.
+  virtual void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) = 0;
+
+  /// x += delta.
+  virtual void add(const rows_view& x, const rows_view& delta) = 0;
+
+  /// Chooses top_k experts of each row by sigmoid(x . w^T) + bias within the best groups.
+  /// `experts` and `weights` are host arrays [rows, top_k]; experts ascend
+  /// within a row; ties go to the lower index. Weights come from the unbiased scores.
+  virtual void route(const rows_view& x, const weight_matrix& w, const float* bias,
+                     const router_params& params, std::span<std::int32_t> experts,
+                     std::span<float> weights) = 0;
+
+  /// out[i] = experts[tasks[i].expert](x[tasks[i].row]). Tasks are sorted by expert.
+  virtual void experts(const rows_view& x, std::span<const expert_task> tasks,
+                       std::span<const expert_weights> experts, const rows_view& out) = 0;
+
+  /// out[m] += (sum over j of weights[m, j] * expert_out[expert_rows[m, j]], in order of j) + shared[m].
+  /// `shared.data` may be null.
+  virtual void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
+                       std::span<const float> weights, std::int32_t top_k,
+                       const rows_view& shared, const rows_view& out) = 0;
+
+  /// One token a row of logits [rows, vocabulary], always float32.
+  virtual void sample(const rows_view& logits, std::span<const sampling_params> params,
+                      std::span<sampled_token> out) = 0;
+
+  /// True if every element is finite. Used at boundaries, where a NaN of one process
+  /// would otherwise show up as garbage text in another.
+  virtual bool all_finite(const rows_view& x) = 0;
+};
+
+/// The CPU back end: float32 activations and accumulation, weights expanded in registers.
+/// `num_threads` >= 1 includes the calling thread. Chooses AVX-512, AVX2 or
+/// portable code at run time; TROUPE_CPU=avx2|portable in the environment asks for less.
+std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads);
+
+} // namespace troupe::kernels

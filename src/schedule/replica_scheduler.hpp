@@ -1,0 +1,71 @@
+#pragma once
+
+#include "troupe/base/error.hpp"
+#include "troupe/schedule/types.hpp"
+
+#include <deque>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace troupe::schedule {
+
+/// Counters for metrics and the status page.
+struct counters {
+  std::uint32_t num_queued = 0;
+  std::uint32_t num_running = 0;
+  std::uint32_t num_free_pages = 0;
+  std::uint32_t num_in_flight = 0;
+  std::uint64_t num_preemptions = 0;
+  std::uint64_t num_prompt_tokens = 0;
+  std::uint64_t num_generated_tokens = 0;
+};
+
+/// Continuous batching for one replica, as a pure state machine: no clock, no threads, no
+/// I/O. Owns the requests, their token logs and their block tables. A token becomes real when
+/// `complete` appends it to its log, here and nowhere else.
+class replica_scheduler {
+public:
+  explicit replica_scheduler(limits l);
+  ~replica_scheduler();
+
+  /// Queues a request. Refuses with overloaded when the queue is full, with
+  /// invalid_request when the request can never fit (prompt, context, pages).
+  expected<void> submit(request r);
+
+  /// Ends a request. Its pages are free at once, or, while a micro-batch that writes to them is
+  /// in flight, as soon as that one completes. Unknown ids are ignored.
+  /// Emits a `cancelled` event with the next call of take_events.
+  void cancel(request_id id);
+
+  /// The next micro-batch to send, or nothing (all in flight, or nothing to
+  /// do). Call until it returns null. The pointer stays valid until the step completes.
+  const micro_batch* next();
+
+  /// Takes the results of a step. Steps that are not in flight are ignored (a duplicate after a replay).
+  /// `outputs` matches the outputs of the micro-batch one to one; otherwise returns internal.
+  expected<void> complete(std::uint64_t step, std::span<const output_token> outputs);
+
+  /// Ends every request past its deadline with `failed`.
+  void expire(time_point now);
+
+  /// Ends every request with `failed`: the replica is given up.
+  void fail_all();
+
+  /// Micro-batches sent and not completed, oldest first: what a replay sends again.
+  std::vector<const micro_batch*> in_flight() const;
+
+  /// Every step below this one is complete.
+  std::uint64_t oldest_step() const;
+
+  /// Moves the events since the last call into `out` (cleared first), in order.
+  void take_events(std::vector<token_event>& out);
+
+  counters count() const;
+
+private:
+  struct state;
+  std::unique_ptr<state> state_;
+};
+
+} // namespace troupe::schedule
