@@ -13,7 +13,9 @@ endif()
 
 find_program(CCACHE_PROGRAM ccache)
 if(CCACHE_PROGRAM)
-  set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
+  # The sloppiness is what ccache asks for with precompiled headers.
+  set(CMAKE_CXX_COMPILER_LAUNCHER
+      ${CMAKE_COMMAND} -E env CCACHE_SLOPPINESS=pch_defines,time_macros ${CCACHE_PROGRAM})
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
 endif()
 
@@ -25,12 +27,20 @@ if(TROUPE_SANITIZE)
   if(TROUPE_SANITIZE MATCHES "undefined")
     add_compile_options(-fno-sanitize=null -fno-sanitize-recover=undefined)
   endif()
+  if(TROUPE_SANITIZE MATCHES "thread")
+    # Asio uses fences, which ThreadSanitizer does not model and GCC warns of.
+    add_compile_options(-Wno-tsan)
+  endif()
 endif()
 
 # Our code compiles without warnings; generated and third-party code is exempt.
 add_library(troupe_warnings INTERFACE)
 target_compile_options(troupe_warnings INTERFACE
-  -Wall -Wextra -Werror -Wno-missing-field-initializers)
+  -Wall -Wextra -Werror -Wno-missing-field-initializers
+  # False alarms of GCC 12 in std::string concatenation (GCC bug 105651).
+  $<$<CXX_COMPILER_ID:GNU>:-Wno-restrict>)
+
+add_compile_definitions(TROUPE_VERSION="${PROJECT_VERSION}")
 
 # troupe_folder(NAME PATH [DEPENDS ...] [EXTERNAL ...])
 #
@@ -79,7 +89,13 @@ function(troupe_test folder)
   target_compile_definitions(${folder}_tests PRIVATE
     TROUPE_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
     TROUPE_BINARY_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}")
-  catch_discover_tests(${folder}_tests
-    TEST_PREFIX "${folder}: "
-    PROPERTIES TIMEOUT ${arg_TIMEOUT} LABELS "${arg_LABELS}")
+  set(properties TIMEOUT ${arg_TIMEOUT})
+  if(arg_LABELS)
+    list(APPEND properties LABELS ${arg_LABELS})
+  endif()
+  # Tests that start clusters measure pauses and have the machine to themselves.
+  if("process" IN_LIST arg_LABELS)
+    list(APPEND properties RUN_SERIAL TRUE)
+  endif()
+  catch_discover_tests(${folder}_tests TEST_PREFIX "${folder}: " PROPERTIES ${properties})
 endfunction()

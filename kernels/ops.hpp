@@ -43,9 +43,9 @@ struct rows_view {
 /// Where each row of a micro-batch stands: its sequence and its position
 /// in it. Arrays are in host memory and live as long as the call.
 struct batch_view {
-  std::span<const std::int32_t> positions;     ///< [rows] absolute position, from 0
-  std::span<const std::int32_t> sequences;     ///< [rows] index into block_table_offsets
-  std::span<const std::int32_t> block_tables;  ///< page indices of all sequences, concatenated
+  std::span<const std::int32_t> positions;    ///< [rows] absolute position, from 0
+  std::span<const std::int32_t> sequences;    ///< [rows] index into block_table_offsets
+  std::span<const std::int32_t> block_tables; ///< page indices of all sequences, concatenated
   std::span<const std::int32_t> block_table_offsets; ///< [sequences] first entry in block_tables
 };
 
@@ -87,10 +87,10 @@ struct sampling_params {
   float top_p = 1.0F;
   float min_p = 0.0F;
   std::uint64_t seed = 0;
-  std::uint32_t position = 0; ///< with the seed, the key of the counter-based generator
+  std::uint32_t position = 0;    ///< with the seed, the key of the counter-based generator
   std::int32_t num_logprobs = 0; ///< how many of the best tokens to report, 0 to kMaxLogprobs
-  std::int32_t target = -1;  ///< >= 0: draw nothing, report this token's log-probability
-  std::span<const std::int32_t> banned; ///< tokens that must not be drawn (end of text under min_tokens)
+  std::int32_t target = -1;      ///< >= 0: draw nothing, report this token's log-probability
+  std::span<const std::int32_t> banned; ///< never drawn (end of text under min_tokens)
 };
 
 inline constexpr std::int32_t kMaxLogprobs = 20;
@@ -105,6 +105,7 @@ struct sampled_token {
   float top_logprobs[kMaxLogprobs]; ///< descending; ties by lower token id
 };
 
+/// An object is used by one thread at a time: it keeps scratch memory between calls.
 class ops {
 public:
   virtual ~ops() = default;
@@ -114,7 +115,8 @@ public:
 
   virtual element_type activation_type() const = 0;
 
-  /// Device memory, zeroed, 64-byte aligned; released with the back end's deleter.
+  /// Device memory, zeroed, 64-byte aligned; released with the back end's deleter. Null if
+  /// there is not that much.
   virtual std::shared_ptr<void> allocate(std::size_t bytes) = 0;
 
   /// Makes a weight usable on the device: the CPU returns it as it is, a GPU
@@ -182,13 +184,16 @@ public:
   virtual void experts(const rows_view& x, std::span<const expert_task> tasks,
                        std::span<const expert_weights> experts, const rows_view& out) = 0;
 
-  /// out[m] += (sum over j of weights[m, j] * expert_out[expert_rows[m, j]], in order of j) + shared[m].
-  /// `shared.data` may be null.
+  /// out[m] += (sum of weights[m, j] * expert_out[expert_rows[m, j]], in order of j)
+  /// + shared[m]. `shared.data` may be null.
   virtual void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
-                       std::span<const float> weights, std::int32_t top_k,
-                       const rows_view& shared, const rows_view& out) = 0;
+                       std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
+                       const rows_view& out) = 0;
 
-  /// One token a row of logits [rows, vocabulary], always float32.
+  /// One token a row of logits [rows, vocabulary], always float32. Temperature, then
+  /// min_p (relative to the best token), then top_k, then top_p narrow the distribution,
+  /// as in vLLM; one uniform number a token, counted from the most likely one, ties by id.
+  /// The token is -1 with log-probability -infinity where every token is banned or -infinity.
   virtual void sample(const rows_view& logits, std::span<const sampling_params> params,
                       std::span<sampled_token> out) = 0;
 

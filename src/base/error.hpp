@@ -20,16 +20,16 @@ enum class error_code : std::uint8_t {
   deadline_exceeded = 5, ///< the work did not end in its time (HTTP 504)
   cancelled = 6,         ///< the requester went away
   // A connection is gone.
-  peer_lost = 20,        ///< the process at the other end died or was cut off
-  stale_epoch = 21,      ///< the sender belongs to an older epoch and is fenced off
+  peer_lost = 20,   ///< the process at the other end died or was cut off
+  stale_epoch = 21, ///< the sender belongs to an older epoch and is fenced off
   // A process cannot go on, or cannot start.
-  unavailable = 40,      ///< the service is starting, recovering or stopping (HTTP 503)
+  unavailable = 40,        ///< the service is starting, recovering or stopping (HTTP 503)
   resource_exhausted = 41, ///< memory, ports or descriptors ran out
-  io_failed = 42,        ///< a system call failed; the cause holds errno's text
-  internal = 43,         ///< an invariant of ours broke
+  io_failed = 42,          ///< a system call failed; the cause holds errno's text
+  internal = 43,           ///< an invariant of ours broke
   // The cluster as configured cannot run at all: restarting does not help.
-  invalid_config = 60,   ///< the config file is wrong
-  invalid_model = 61,    ///< the model directory is wrong or damaged
+  invalid_config = 60, ///< the config file is wrong
+  invalid_model = 61,  ///< the model directory is wrong or damaged
 };
 
 /// Lower-case name of a code, as written in logs and JSON ("invalid_config").
@@ -42,8 +42,9 @@ bool is_permanent(error_code code);
 /// A failure as a value: who noticed it, why it happened and what would help.
 struct error {
   error_code code = error_code::internal;
-  std::string cause; ///< one sentence; names the culprit (file, line, key, peer) and the offending value
-  std::string cure;  ///< what the reader can do; may be empty
+  std::string
+    cause; ///< one sentence; names the culprit (file, line, key, peer) and the offending value
+  std::string cure;   ///< what the reader can do; may be empty
   std::string origin; ///< "host/process/actor" where the error was decided; filled by `fail`
 
   /// "cause (cure) [code, at origin]", for terminals and logs.

@@ -23,33 +23,54 @@ struct counters {
 
 /// Continuous batching for one replica, as a pure state machine: no clock, no threads, no
 /// I/O. Owns the requests, their token logs and their block tables. A token becomes real when
-/// `complete` appends it to its log, here and nowhere else.
+/// `complete` appends it to its log, here and nowhere else. Not thread-safe: one owner calls it.
+///
+/// - Requests are admitted in the order of their arrival, as pages become free.
+/// - A sequence is in one micro-batch at a time. Sequences that can go are spread evenly over
+///   the free slots of max_in_flight; within a micro-batch single rows (decodes) go first, then
+///   prefill chunks. Who has waited longest for a step goes first.
+/// - Where no page is free, the sequence admitted last gives up its pages and returns to the
+///   head of the queue. Later its log is computed again, without events, and goes on.
 class replica_scheduler {
 public:
   explicit replica_scheduler(limits l);
   ~replica_scheduler();
 
   /// Queues a request. Refuses with overloaded when the queue is full, with
-  /// invalid_request when the request can never fit (prompt, context, pages).
+  /// invalid_request when the request can never fit (prompt, context, pages) or its id is in use.
+  /// One that would outgrow the context or the pages ends with `length` there. With max_tokens 0
+  /// and nothing to score, its `length` event is there at once.
   expected<void> submit(request r);
 
   /// Ends a request. Its pages are free at once, or, while a micro-batch that writes to them is
   /// in flight, as soon as that one completes. Unknown ids are ignored.
-  /// Emits a `cancelled` event with the next call of take_events.
+  /// Emits one `cancelled` event at once; no event of the request comes after it.
   void cancel(request_id id);
 
   /// The next micro-batch to send, or nothing (all in flight, or nothing to
   /// do). Call until it returns null. The pointer stays valid until the step completes.
   const micro_batch* next();
 
-  /// Takes the results of a step. Steps that are not in flight are ignored (a duplicate after a replay).
-  /// `outputs` matches the outputs of the micro-batch one to one; otherwise returns internal.
+  /// Takes the results of a step. Steps that are not in flight are ignored (a duplicate after a
+  /// replay). `outputs` matches the outputs of the micro-batch one to one; otherwise returns
+  /// internal and nothing has changed.
   expected<void> complete(std::uint64_t step, std::span<const output_token> outputs);
+
+  /// The step could not be computed: ends its requests with `failed`. Steps that are not in
+  /// flight are ignored.
+  void fail_step(std::uint64_t step);
 
   /// Ends every request past its deadline with `failed`.
   void expire(time_point now);
 
-  /// Ends every request with `failed`: the replica is given up.
+  /// The KV memory is gone: every running sequence goes back to the queue, in its order, and is
+  /// computed again from its token log, without events. Steps in flight are forgotten and their
+  /// results ignored if they come.
+  void forget_kv();
+
+  /// Ends every request with `failed`: the replica is given up. Steps in flight are forgotten,
+  /// their results ignored if they come, and all pages are free: the epoch must be
+  /// raised before the next step is sent, so that no stage still computes an earlier one.
   void fail_all();
 
   /// Micro-batches sent and not completed, oldest first: what a replay sends again.

@@ -28,39 +28,42 @@ struct request {
   request_id id = 0;
   std::vector<std::int32_t> prompt; ///< token ids, at least one
   sampling draw;
-  std::uint32_t max_tokens = 16;
+  std::uint32_t max_tokens = 16;           ///< 0: nothing is drawn, the prompt may be scored
   std::uint32_t min_tokens = 0;            ///< stop_tokens cannot be drawn before this many
   std::vector<std::int32_t> stop_tokens;   ///< end of text; empty with ignore_eos
-  std::int32_t num_logprobs = -1;          ///< -1: none; 0: of the token itself; n: and of the n best
+  std::int32_t num_logprobs = -1;          ///< -1: none; 0: of the token; n: and of the n best
   std::int32_t num_prompt_logprobs = -1;   ///< the same for the tokens of the prompt
   time_point deadline = time_point::max(); ///< past it the request fails with deadline_exceeded
 };
 
-/// What the last stage has to do with one row's logits.
+/// What the last stage has to do with one row's logits. A row that draws is the last one of
+/// its slice.
 struct output_row {
-  std::int32_t row = 0;       ///< row within the micro-batch
-  std::int32_t sequence = 0;  ///< index into micro_batch::sequences
-  std::int32_t target = -1;   ///< >= 0: score this token instead of drawing one (prompt log-probabilities)
+  std::int32_t row = 0;      ///< row within the micro-batch
+  std::int32_t sequence = 0; ///< index into micro_batch::sequences
+  std::int32_t target = -1;  ///< >= 0: score this token of the prompt instead of drawing one
   std::int32_t num_logprobs = 0;
-  bool ban_stop_tokens = false;
+  bool ban_stop_tokens = false; ///< the slice's stop_tokens must not be drawn
+  std::uint32_t position = 0;   ///< of the token drawn or scored; with the seed, the draw's key
 };
 
-/// A run of consecutive positions of one sequence.
+/// A run of consecutive positions of one sequence. Row i of the slice is position
+/// first_position + i; it reads the KV of every position up to its own and writes its own.
 struct sequence_slice {
   request_id request = 0;
   std::uint32_t first_position = 0;
   std::uint32_t num_rows = 0;
-  std::vector<std::int32_t> pages;  ///< block table up to the slice's last position
+  std::vector<std::int32_t> pages; ///< block table up to the slice's last position
   sampling draw;
   std::vector<std::int32_t> stop_tokens; ///< only where an output row bans them
 };
 
 /// A micro-batch: what every stage of the replica needs to know of one step.
 struct micro_batch {
-  std::uint64_t step = 0;               ///< counts up by one from 1, per replica
+  std::uint64_t step = 0; ///< counts up by one from 1, per replica
   std::vector<sequence_slice> sequences;
-  std::vector<std::int32_t> tokens;     ///< one a row, slices in order
-  std::vector<output_row> outputs;      ///< ascending rows
+  std::vector<std::int32_t> tokens; ///< one a row, slices in order
+  std::vector<output_row> outputs;  ///< ascending rows
 };
 
 /// One answer of the last stage, in the order of micro_batch::outputs.
@@ -72,14 +75,16 @@ struct output_token {
 };
 
 enum class finish_reason : std::uint8_t {
-  none,     ///< goes on
-  stop,     ///< a stop token was drawn (it is part of the event, not of the text)
-  length,   ///< max_tokens or the model's context is reached
+  none,   ///< goes on
+  stop,   ///< a stop token was drawn (it is part of the event, not of the text)
+  length, ///< max_tokens or the model's context is reached
   cancelled,
-  failed,   ///< see the error
+  failed, ///< see the error
 };
 
-/// One step of a request's life, in order; exactly one event per (request, token index).
+/// One step of a request's life, in order; exactly one event per (request, token index), and
+/// exactly one with a finish reason, the last. The tokens of the prompt come first: 1 to the
+/// last one, as nothing comes before token 0 that could score it.
 struct token_event {
   request_id request = 0;
   bool is_prompt = false;        ///< a prompt token's log-probability; token_index is its position
@@ -89,16 +94,16 @@ struct token_event {
   finish_reason finish = finish_reason::none;
 };
 
-/// Limits of one replica.
+/// Limits of one replica, all at least one.
 struct limits {
   std::uint32_t num_pages = 0;
   std::uint32_t page_tokens = 16;
-  std::uint32_t max_batch_tokens = 2048;     ///< rows of one micro-batch
-  std::uint32_t max_batch_sequences = 256;   ///< sequences of one micro-batch
-  std::uint32_t prefill_chunk_tokens = 512;  ///< rows of one sequence in one micro-batch
-  std::uint32_t max_in_flight = 2;           ///< micro-batches, stages + 1
-  std::uint32_t max_queued = 1024;           ///< requests waiting for admission
-  std::uint32_t max_context = 2048;          ///< positions of one sequence
+  std::uint32_t max_batch_tokens = 2048;    ///< rows of one micro-batch
+  std::uint32_t max_batch_sequences = 256;  ///< sequences of one micro-batch
+  std::uint32_t prefill_chunk_tokens = 512; ///< rows of one sequence in one micro-batch
+  std::uint32_t max_in_flight = 2;          ///< micro-batches, stages + 1
+  std::uint32_t max_queued = 1024;          ///< requests waiting for admission
+  std::uint32_t max_context = 2048;         ///< tokens of one sequence, prompt included
 };
 
 } // namespace troupe::schedule

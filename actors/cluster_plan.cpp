@@ -1,0 +1,132 @@
+#include "troupe/actors/cluster_plan.hpp"
+
+#include "troupe/model/chat_template.hpp"
+#include "troupe/model/checkpoint.hpp"
+#include "troupe/model/tokenizer.hpp"
+#include "troupe/model/weights.hpp"
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <thread>
+
+namespace troupe::actors {
+
+namespace {
+
+/// KV pages hold activations, which are float32 on the CPU.
+constexpr std::uint64_t kv_element_bytes = 4;
+
+std::uint64_t mlp_size(std::int32_t hidden, std::int32_t intermediate) {
+  return 3 * static_cast<std::uint64_t>(hidden) * static_cast<std::uint64_t>(intermediate);
+}
+
+} // namespace
+
+placement::model_shape shape_of(const model::model_config& m) {
+  placement::model_shape shape;
+  auto hidden = static_cast<std::uint64_t>(m.hidden_size);
+  auto heads = static_cast<std::uint64_t>(m.num_heads);
+  auto q_rank = static_cast<std::uint64_t>(m.q_lora_rank);
+  auto q_out = heads * static_cast<std::uint64_t>(m.qk_head_dim());
+  auto kv_rank = static_cast<std::uint64_t>(m.kv_lora_rank);
+  auto attention = (q_rank > 0 ? hidden * q_rank + q_rank * q_out : hidden * q_out)
+                   + hidden * static_cast<std::uint64_t>(m.kv_dim())
+                   + kv_rank * heads * static_cast<std::uint64_t>(m.qk_nope_head_dim + m.v_head_dim)
+                   + heads * static_cast<std::uint64_t>(m.v_head_dim) * hidden;
+  auto experts = static_cast<std::uint64_t>(m.num_experts);
+  shape.num_layers = static_cast<std::uint32_t>(m.num_layers);
+  shape.first_dense_layers = static_cast<std::uint32_t>(m.first_k_dense_replace);
+  shape.moe_layer_frequency = static_cast<std::uint32_t>(m.moe_layer_freq);
+  shape.num_experts = static_cast<std::uint32_t>(m.num_experts);
+  shape.num_expert_groups_in_router = static_cast<std::uint32_t>(m.num_groups);
+  shape.dense_layer_cost = attention + mlp_size(m.hidden_size, m.intermediate_size);
+  shape.moe_layer_cost =
+    attention + hidden * experts + mlp_size(m.hidden_size, m.shared_intermediate_size());
+  shape.routed_experts_cost = experts * mlp_size(m.hidden_size, m.moe_intermediate_size);
+  shape.head_cost = hidden * static_cast<std::uint64_t>(m.vocab_size);
+  return shape;
+}
+
+expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& cluster,
+                                               const model::model_config& model) {
+  auto placed = placement::place(cluster, shape_of(model));
+  if (!placed)
+    return tl::unexpected(placed.error());
+  const auto& serving = cluster.serving;
+  proto::ClusterPlan plan;
+  plan.set_cluster(cluster.cluster);
+  plan.set_model_path(cluster.model.path.string());
+  plan.set_model_name(cluster.model.name);
+  plan.set_num_replicas(placed->num_replicas);
+  plan.set_num_stages(placed->num_stages);
+  plan.set_num_expert_groups(placed->num_expert_groups);
+  plan.set_num_expert_copies(placed->num_expert_copies);
+  plan.set_page_tokens(serving.page_tokens);
+  plan.set_kv_pages(std::max(1U, serving.kv_tokens / serving.page_tokens));
+  plan.set_max_batch_tokens(serving.max_batch_tokens);
+  plan.set_max_batch_sequences(serving.max_batch_sequences);
+  plan.set_prefill_chunk_tokens(serving.prefill_chunk_tokens);
+  plan.set_max_queue(serving.max_queue);
+  auto model_context = static_cast<std::uint32_t>(model.max_positions);
+  plan.set_max_context(serving.max_context == 0 ? model_context
+                                                : std::min(serving.max_context, model_context));
+  plan.set_request_timeout_s(serving.request_timeout_s);
+  plan.set_heartbeat_ms(cluster.recovery.heartbeat_ms);
+  plan.set_hang_ms(cluster.recovery.hang_ms);
+  plan.set_recovery_deadline_ms(cluster.recovery.deadline_ms);
+  plan.set_max_restarts(cluster.recovery.max_restarts);
+  plan.set_within_s(cluster.recovery.within_s);
+  bool is_local = cluster.network.bind.starts_with("127.") || cluster.network.bind == "::1";
+  plan.set_transport_interface(is_local ? "lo" : "");
+  auto workers = static_cast<std::uint32_t>(std::max<std::size_t>(1, placed->workers.size()));
+  auto cores = std::max(1U, std::thread::hardware_concurrency());
+  plan.set_compute_threads(serving.threads != 0 ? serving.threads : std::max(1U, cores / workers));
+  for (const auto& worker : placed->workers) {
+    auto* w = plan.add_workers();
+    w->set_name(worker.name);
+    w->set_node(worker.node);
+    w->set_device(worker.device);
+    for (const auto& actor : worker.actors) {
+      auto* a = w->add_actors();
+      bool is_stage = actor.kind == placement::actor_kind::stage;
+      a->set_id(actor.id);
+      a->set_kind(is_stage ? proto::STAGE : proto::EXPERT_GROUP);
+      a->set_replica(actor.replica);
+      a->set_index(actor.index);
+      a->set_copy(actor.copy);
+      a->set_first_layer(actor.first_layer);
+      a->set_end_layer(actor.end_layer);
+      a->set_first_expert(actor.first_expert);
+      a->set_end_expert(actor.end_expert);
+      if (is_stage)
+        a->set_kv_bytes(std::uint64_t{actor.end_layer - actor.first_layer} * plan.kv_pages()
+                        * plan.page_tokens() * static_cast<std::uint64_t>(model.kv_dim())
+                        * kv_element_bytes);
+    }
+  }
+  return plan;
+}
+
+expected<proto::ClusterPlan> check_before_launch(const config::cluster_config& cluster) {
+  const auto& path = cluster.model.path;
+  auto model = model::load_model_config(path);
+  if (!model)
+    return tl::unexpected(model.error());
+  auto plan = make_cluster_plan(cluster, *model);
+  if (!plan)
+    return plan;
+  if (auto tokenizer = model::tokenizer::load(path); !tokenizer)
+    return tl::unexpected(tokenizer.error());
+  auto chat = model::chat_renderer::load(path);
+  if (!chat && chat.error().code != error_code::not_found)
+    return tl::unexpected(chat.error());
+  auto weights = model::checkpoint::open(path);
+  if (!weights)
+    return tl::unexpected(weights.error());
+  if (auto checked = model::check_weights(**weights, *model, model::whole_model(*model)); !checked)
+    return tl::unexpected(checked.error());
+  return plan;
+}
+
+} // namespace troupe::actors

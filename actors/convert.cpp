@@ -1,0 +1,45 @@
+#include "troupe/actors/convert.hpp"
+
+namespace troupe::actors {
+
+namespace {
+
+template <class Predicate>
+const proto::WorkerView* find_worker(const proto::ClusterView& view, Predicate matches) {
+  for (const auto& worker : view.workers())
+    for (const auto& actor : worker.plan().actors())
+      if (matches(actor))
+        return &worker;
+  return nullptr;
+}
+
+} // namespace
+
+proto::Error to_proto(const error& e) {
+  proto::Error result;
+  result.set_code(static_cast<std::uint32_t>(e.code));
+  result.set_cause(e.cause);
+  result.set_cure(e.cure);
+  result.set_origin(e.origin);
+  return result;
+}
+
+error from_proto(const proto::Error& e) {
+  return {static_cast<error_code>(e.code()), e.cause(), e.cure(), e.origin()};
+}
+
+const proto::WorkerView* find_stage(const proto::ClusterView& view, std::uint32_t replica,
+                                    std::uint32_t index) {
+  return find_worker(view, [&](const proto::ActorPlan& a) {
+    return a.kind() == proto::STAGE && a.replica() == replica && a.index() == index;
+  });
+}
+
+const proto::WorkerView* find_expert_group(const proto::ClusterView& view, std::uint32_t index,
+                                           std::uint32_t copy) {
+  return find_worker(view, [&](const proto::ActorPlan& a) {
+    return a.kind() == proto::EXPERT_GROUP && a.index() == index && a.copy() == copy;
+  });
+}
+
+} // namespace troupe::actors

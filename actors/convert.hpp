@@ -1,0 +1,20 @@
+#pragma once
+
+#include "troupe/base/error.hpp"
+#include "cluster.pb.h"
+
+namespace troupe::actors {
+
+/// Errors as they travel and as they are used.
+proto::Error to_proto(const error& e);
+error from_proto(const proto::Error& e);
+
+/// The worker that runs a stage, or null.
+const proto::WorkerView* find_stage(const proto::ClusterView& view, std::uint32_t replica,
+                                    std::uint32_t index);
+
+/// The worker that runs a copy of an expert group, or null.
+const proto::WorkerView* find_expert_group(const proto::ClusterView& view, std::uint32_t index,
+                                           std::uint32_t copy);
+
+} // namespace troupe::actors

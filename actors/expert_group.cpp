@@ -1,0 +1,101 @@
+#include "troupe/actors/expert_group.hpp"
+
+#include <cstring>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+namespace troupe::actors {
+
+namespace {
+
+/// Device memory of at least `bytes`, grown when a larger dispatch than any before comes.
+void* grow(kernels::ops& ops, std::shared_ptr<void>& memory, std::size_t& size, std::size_t bytes) {
+  if (size < bytes) {
+    memory = ops.allocate(bytes);
+    size = bytes;
+  }
+  return memory.get();
+}
+
+} // namespace
+
+expert_group::expert_group(caf::actor_config& config, std::uint32_t index,
+                           std::shared_ptr<data_plane> plane, std::shared_ptr<kernels::ops> ops,
+                           std::shared_ptr<model::expert_group_model> experts)
+  : expert_group_actor::base(config),
+    index_(index),
+    plane_(std::move(plane)),
+    ops_(std::move(ops)),
+    experts_(std::move(experts)) {}
+
+expected<std::shared_ptr<transport::buffer>>
+expert_group::compute(const transport::frame& dispatch) {
+  const auto& header = dispatch.header;
+  auto element = kernels::size_of(ops_->activation_type());
+  std::size_t num_tasks = header.num_tasks();
+  std::size_t num_rows = header.num_rows();
+  std::size_t num_cols = header.num_cols();
+  auto task_bytes = num_tasks * sizeof(kernels::expert_task);
+  if (num_cols != static_cast<std::size_t>(experts_->hidden_size())
+      || dispatch.payload.size() != task_bytes + num_rows * num_cols * element)
+    return fail(
+      error_code::invalid_request,
+      fmt::format("a dispatch of {} rows, {} columns, {} tasks with {} bytes does not add up",
+                  num_rows, num_cols, num_tasks, dispatch.payload.size()));
+  tasks_.resize(num_tasks);
+  std::memcpy(tasks_.data(), dispatch.payload.data(), task_bytes);
+  for (auto& task : tasks_)
+    task.expert -= experts_->experts().first;
+
+  auto cols = static_cast<std::int32_t>(num_cols);
+  kernels::rows_view x{grow(*ops_, device_rows_, device_rows_bytes_, num_rows * num_cols * element),
+                       static_cast<std::int32_t>(num_rows), cols, cols};
+  kernels::rows_view out{
+    grow(*ops_, device_out_, device_out_bytes_, num_tasks * num_cols * element),
+    static_cast<std::int32_t>(num_tasks), cols, cols};
+  ops_->copy_from_host(dispatch.payload.data() + task_bytes, x);
+  if (auto ran = experts_->run(static_cast<std::int32_t>(header.layer()), x, tasks_, out); !ran)
+    return tl::unexpected(ran.error());
+  auto reply = plane_->buffers().take(num_tasks * num_cols * element);
+  if (!reply)
+    return tl::unexpected(reply.error());
+  auto result = std::make_shared<transport::buffer>(std::move(*reply));
+  ops_->copy_to_host(out, result->data());
+  return result;
+}
+
+void expert_group::answer(const transport::frame& dispatch) {
+  const auto& asked = dispatch.header;
+  proto::FrameHeader header;
+  header.set_replica(asked.replica());
+  header.set_actor_index(asked.reply_index());
+  header.set_reply_index(index_);
+  header.set_epoch(asked.epoch());
+  header.set_step(asked.step());
+  header.set_layer(asked.layer());
+  header.set_call(asked.call());
+  data_plane::target back{asked.sender(), asked.sender_incarnation()};
+  auto refuse = [&](error_code code) {
+    header.set_kind(proto::REFUSED);
+    header.set_error_code(static_cast<std::uint32_t>(code));
+    plane_->send(back, std::move(header), {});
+  };
+  if (asked.epoch() < plane_->epoch())
+    return refuse(error_code::stale_epoch);
+  auto output = compute(dispatch);
+  if (!output) {
+    spdlog::error("expert group {}: {}", index_, output.error().text());
+    return refuse(output.error().code);
+  }
+  header.set_kind(proto::COMBINE);
+  header.set_num_tasks(asked.num_tasks());
+  header.set_num_cols(asked.num_cols());
+  plane_->send(back, std::move(header), {(*output)->bytes(), *output});
+}
+
+expert_group::behavior_type expert_group::make_behavior() {
+  return {[this](const frame_ptr& dispatch) { answer(*dispatch); }};
+}
+
+} // namespace troupe::actors

@@ -1,0 +1,43 @@
+#pragma once
+
+#include "troupe/actors/data_plane.hpp"
+#include "troupe/model/expert_group_model.hpp"
+
+#include <memory>
+
+#include <caf/all.hpp>
+
+CAF_ALLOW_UNSAFE_MESSAGE_TYPE(troupe::actors::frame_ptr)
+
+namespace troupe::actors {
+
+using expert_group_actor = caf::typed_actor<caf::reacts_to<frame_ptr>>;
+
+/// A fixed set of experts of every MoE layer. Lives in a worker, in a thread of its own. Stateless
+/// between calls: when it dies, whoever waits for an answer asks its successor or a copy.
+/// Dispatches of an epoch older than the newest that the worker knows of are refused.
+class expert_group : public expert_group_actor::base {
+public:
+  /// `index` is the group's number. `max_rows` bounds the rows and tasks of one dispatch.
+  expert_group(caf::actor_config& config, std::uint32_t index, std::shared_ptr<data_plane> plane,
+               std::shared_ptr<kernels::ops> ops,
+               std::shared_ptr<model::expert_group_model> experts);
+
+  behavior_type make_behavior() override;
+
+private:
+  void answer(const transport::frame& dispatch);
+  expected<std::shared_ptr<transport::buffer>> compute(const transport::frame& dispatch);
+
+  std::uint32_t index_;
+  std::shared_ptr<data_plane> plane_;
+  std::shared_ptr<kernels::ops> ops_;
+  std::shared_ptr<model::expert_group_model> experts_;
+  std::vector<kernels::expert_task> tasks_;
+  std::shared_ptr<void> device_rows_;
+  std::shared_ptr<void> device_out_;
+  std::size_t device_rows_bytes_ = 0;
+  std::size_t device_out_bytes_ = 0;
+};
+
+} // namespace troupe::actors

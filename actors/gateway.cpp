@@ -1,0 +1,423 @@
+#include "troupe/actors/gateway.hpp"
+
+#include "troupe/actors/dial.hpp"
+#include "troupe/base/identity.hpp"
+#include "troupe/http/openai_tokenize.hpp"
+#include "troupe/telemetry/cluster_status.hpp"
+
+#include <chrono>
+#include <random>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+namespace troupe::actors {
+
+using namespace messages;
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr auto redial_interval = 200ms;
+constexpr auto controller_timeout = 500ms;
+
+/// With work in flight, no completed step for longer than this is not healthy. Above the time that
+/// a recovery takes.
+constexpr auto progress_limit = 10s;
+
+schedule::time_point current_time() {
+  return std::chrono::steady_clock::now();
+}
+
+std::int64_t unix_seconds() {
+  return std::chrono::duration_cast<std::chrono::seconds>(
+           std::chrono::system_clock::now().time_since_epoch())
+    .count();
+}
+
+constexpr const char* status_page = R"(<!doctype html><meta charset="utf-8"><title>troupe</title>
+<style>body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
+pre{background:#f4f4f4;padding:1em;overflow:auto}.running,.up{color:#080}.lost,.failed{color:#b00}</style>
+<h1>troupe</h1><div id="s">…</div>
+<script>
+const text = (s) => { const e = document.createElement('span'); e.textContent = s; return e.innerHTML; };
+async function show() {
+  try {
+    const c = await (await fetch('/v1/cluster')).json();
+    let h = `<p>cluster <b>${text(c.cluster)}</b>: ${c.ready ? 'ready' : 'not ready'}, epoch ${c.epoch}</p>`;
+    for (const n of c.nodes) {
+      h += `<p><b>${text(n.name)}</b> on ${text(n.host)} <span class="${n.state}">${n.state}</span> pid ${n.pid}</p><ul>`;
+      for (const w of n.workers)
+        h += `<li>${text(w.name)} <span class="${w.state}">${w.state}</span> pid ${w.pid}, incarnation ${w.incarnation}, ` +
+             `${text(w.device)}: ${w.actors.map(a => text(a.id)).join(', ')}</li>`;
+      h += '</ul>';
+    }
+    h += '<p>recoveries</p><pre>' + text(c.recoveries.slice(-10).map(r =>
+      `#${r.id} epoch ${r.epoch} ${r.cause}: restored after ${r.restore_ms} ms, first token after ${r.first_token_ms} ms, ` +
+      `${r.requests} requests`).join('\n') || 'none') + '</pre>';
+    document.getElementById('s').innerHTML = h;
+  } catch (e) { document.getElementById('s').textContent = 'cannot reach the frontend: ' + e; }
+}
+show(); setInterval(show, 1000);
+</script>)";
+
+} // namespace
+
+gateway::gateway(caf::actor_config& config, gateway_options options)
+  : gateway_actor::base(config),
+    options_(std::move(options)),
+    // Ids of two frontends' lives differ, so that no late answer is taken for one of ours.
+    next_request_((options_.incarnation << 40U) + 1),
+    started_s_(unix_seconds()),
+    seed_state_(std::random_device{}()) {
+  set_down_handler([this](caf::down_msg& down) {
+    if (controller_ && controller_.address() == down.source) {
+      spdlog::warn("the connection to the controller broke; requests are served on");
+      controller_ = nullptr;
+      delayed_send(this, redial_interval, start_atom::value);
+    }
+  });
+}
+
+void gateway::dial_controller() {
+  dial<cluster_supervisor_actor>(
+    this, options_.controller_host, options_.controller_port, 2000ms,
+    [this](cluster_supervisor_actor controller) {
+      controller_ = std::move(controller);
+      monitor(controller_);
+      proto::FrontendHello hello;
+      hello.mutable_frontend()->set_pid(static_cast<std::uint32_t>(::getpid()));
+      hello.mutable_frontend()->set_incarnation(options_.incarnation);
+      hello.mutable_frontend()->set_endpoint(options_.endpoint);
+      hello.set_epoch(view_.epoch());
+      hello.set_view_version(view_.version());
+      send(controller_, frontend_hello{std::move(hello)});
+    },
+    [this](const error& e) {
+      spdlog::debug("{}", e.text());
+      delayed_send(this, redial_interval, start_atom::value);
+    });
+}
+
+bool gateway::is_ready() const {
+  for (const auto& r : replicas_)
+    if (r.report.serving)
+      return true;
+  return false;
+}
+
+gateway::replica* gateway::choose_replica() {
+  // A replica that is recovering is still better than none: its requests pause and go on.
+  replica* best = nullptr;
+  auto load = [](const replica& r) {
+    return std::pair{!r.report.serving,
+                     r.report.counters.num_queued + r.report.counters.num_running};
+  };
+  for (auto& r : replicas_)
+    if (best == nullptr || load(r) < load(*best))
+      best = &r;
+  return best;
+}
+
+void gateway::answer(http_call& call, const char* route, int status, std::string body,
+                     const char* content_type) {
+  metrics_.count_response(route, status);
+  call.response->send(status, content_type, std::move(body));
+}
+
+void gateway::refuse(http_call& call, const char* route, const http::error_reply& reply) {
+  metrics_.count_response(route, reply.status);
+  http::header_list extra;
+  if (reply.retry_after_s)
+    extra.push_back({"Retry-After", std::to_string(*reply.retry_after_s)});
+  call.response->send(reply.status, "application/json", reply.body, std::move(extra));
+}
+
+void gateway::serve(http_call& call) {
+  const auto& path = call.request.path;
+  const auto& method = call.request.method;
+  bool is_get = method == "GET" || method == "HEAD";
+  auto plain = [&](const char* route, http::answered<std::string> body) {
+    if (body)
+      answer(call, route, 200, std::move(*body));
+    else
+      refuse(call, route, http::error_response(body.error()));
+  };
+  if (path == "/v1/chat/completions" && method == "POST")
+    return serve_completion(call, true);
+  if (path == "/v1/completions" && method == "POST")
+    return serve_completion(call, false);
+  if (path == "/tokenize" && method == "POST")
+    return plain("/tokenize", http::tokenize(call.request.body, options_.served));
+  if (path == "/detokenize" && method == "POST")
+    return plain("/detokenize", http::detokenize(call.request.body, options_.served));
+  if (path == "/v1/models" && is_get)
+    return answer(call, "/v1/models", 200, http::models_body(options_.served, started_s_));
+  if (path.starts_with("/v1/models/") && is_get)
+    return plain("/v1/models/{}", http::model_body(path.substr(11), options_.served, started_s_));
+  if (path == "/v1/cluster" && is_get)
+    return serve_status(call);
+  if (path == "/health" && is_get)
+    return serve_health(call);
+  if (path == "/metrics" && is_get)
+    return serve_metrics(call);
+  if (path == "/version" && is_get)
+    return answer(call, "/version", 200, fmt::format(R"({{"version":"{}"}})", TROUPE_VERSION));
+  if (path == "/" && is_get)
+    return answer(call, "/", 200, status_page, "text/html; charset=utf-8");
+  for (const char* known : {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize",
+                            "/v1/models", "/v1/cluster", "/health", "/metrics", "/version", "/"}) {
+    if (path == known)
+      return answer(call, "other", 405,
+                    http::error_json(fmt::format("{} does not take {}", path, method),
+                                     "invalid_request_error", "method_not_allowed"));
+  }
+  answer(call, "other", 404,
+         http::error_json(fmt::format("there is nothing at {}", path), "invalid_request_error",
+                          "not_found"));
+}
+
+void gateway::serve_metrics(http_call& call) {
+  metrics_.set_epoch(view_.epoch());
+  metrics_.set_open_requests(calls_.size());
+  for (const auto& r : replicas_) {
+    const auto& counters = r.report.counters;
+    telemetry::replica_gauges gauges;
+    gauges.queued = counters.num_queued;
+    gauges.running = counters.num_running;
+    gauges.free_pages = counters.num_free_pages;
+    gauges.in_flight = counters.num_in_flight;
+    gauges.preemptions = counters.num_preemptions;
+    gauges.serving = r.report.serving;
+    metrics_.set_replica(r.report.replica, gauges);
+  }
+  answer(call, "/metrics", 200, metrics_.text(), "text/plain; version=0.0.4");
+}
+
+void gateway::serve_health(http_call& call) {
+  for (const auto& r : replicas_) {
+    auto silent = current_time() - r.report.last_progress;
+    if (r.report.serving && silent > progress_limit)
+      return answer(call, "/health", 503,
+                    http::error_json(
+                      fmt::format("replica-{} has made no progress for {} s", r.report.replica,
+                                  std::chrono::duration_cast<std::chrono::seconds>(silent).count()),
+                      "unavailable", "no_progress"));
+  }
+  if (!is_ready())
+    return answer(
+      call, "/health", 503,
+      http::error_json(was_ready_ ? "the cluster is recovering" : "the cluster is starting",
+                       "unavailable", "not_ready"));
+  answer(call, "/health", 200, R"({"status":"ok"})");
+}
+
+void gateway::serve_status(http_call& call) {
+  auto response = call.response;
+  auto reply = [this, response](const proto::ClusterStatus& status) {
+    metrics_.count_response("/v1/cluster", 200);
+    bool all_serve = !replicas_.empty();
+    for (const auto& r : replicas_)
+      all_serve = all_serve && r.report.serving;
+    response->send(200, "application/json", telemetry::status_json(status, all_serve));
+  };
+  // Without the controller the last word on everything else is still the best there is.
+  auto reply_from_memory = [this, reply] {
+    last_status_.mutable_frontend()->set_endpoint(options_.endpoint);
+    last_status_.mutable_frontend()->set_pid(static_cast<std::uint32_t>(::getpid()));
+    *last_status_.mutable_view() = view_;
+    reply(last_status_);
+  };
+  if (!controller_)
+    return reply_from_memory();
+  request(controller_, controller_timeout, status_atom::value)
+    .then(
+      [this, reply](const cluster_status& status) {
+        last_status_ = status.body;
+        reply(status.body);
+      },
+      [reply_from_memory](caf::error&) { reply_from_memory(); });
+}
+
+void gateway::serve_completion(http_call& call, bool chat) {
+  const char* route = chat ? "/v1/chat/completions" : "/v1/completions";
+  if (plan_.num_replicas() == 0 || !(was_ready_ || is_ready()))
+    return refuse(call, route,
+                  http::error_response(fail(error_code::unavailable, "the cluster is starting",
+                                            "wait until GET /health answers 200")
+                                         .value()));
+  seed_state_ = seed_state_ * 6364136223846793005U + 1442695040888963407U; // Knuth's MMIX generator
+  auto seed = seed_state_ >> 16U;
+  auto parsed = chat ? http::parse_chat_request(call.request.body, options_.served, seed)
+                     : http::parse_text_request(call.request.body, options_.served, seed);
+  if (!parsed)
+    return refuse(call, route, http::error_response(parsed.error()));
+  auto arrived = current_time();
+  auto requests = http::to_schedule(*parsed, next_request_,
+                                    arrived + std::chrono::seconds(plan_.request_timeout_s()));
+  bool stream = parsed->stream;
+  http::answer_identity identity;
+  identity.id = fmt::format("{:x}-{:x}", options_.incarnation, next_call_);
+  identity.model = options_.served.name;
+  identity.created_s = unix_seconds();
+  identity.first_id = next_request_;
+
+  auto call_id = next_call_++;
+  auto* target = choose_replica();
+  open_call open{
+    call.response,
+    route,
+    http::response_builder(std::move(*parsed), *options_.tokenizer, std::move(identity)),
+    target->report.replica,
+    stream,
+    false,
+    next_request_,
+    static_cast<std::uint32_t>(requests.size()),
+    arrived,
+    std::vector<schedule::time_point>(requests.size())};
+  next_request_ += requests.size();
+  calls_.emplace(call_id, std::move(open));
+  auto self = caf::actor_cast<gateway_actor>(this);
+  call.response->on_disconnect(
+    [self, call_id] { caf::anon_send(self, cancel_atom::value, call_id); });
+  for (auto& r : requests) {
+    call_of_[r.id] = call_id;
+    metrics_.count_tokens(r.prompt.size(), 0);
+    ++target->report.counters
+        .num_queued; // until its next report: spreads a burst over the replicas
+    send(target->scheduler, std::make_shared<schedule::request>(std::move(r)));
+  }
+}
+
+void gateway::cancel_requests(const open_call& call) {
+  for (std::uint32_t i = 0; i < call.num_requests; ++i) {
+    auto id = call.first_id + i;
+    if (call_of_.erase(id) != 0)
+      send(replicas_[call.replica].scheduler, cancel_atom::value, id);
+  }
+}
+
+void gateway::close_call(std::uint64_t call_id) {
+  auto found = calls_.find(call_id);
+  if (found == calls_.end())
+    return;
+  cancel_requests(found->second);
+  calls_.erase(found);
+}
+
+void gateway::fail_call(std::uint64_t call_id, open_call& call, const error& why) {
+  out_.clear();
+  call.builder.fail(why, out_);
+  if (call.begun) {
+    call.response->write(out_);
+    call.response->end();
+  } else {
+    auto reply = http::error_response(why);
+    http::header_list extra;
+    if (reply.retry_after_s)
+      extra.push_back({"Retry-After", std::to_string(*reply.retry_after_s)});
+    metrics_.count_response(call.route, reply.status);
+    call.response->send(reply.status, "application/json", std::move(reply.body), std::move(extra));
+  }
+  close_call(call_id);
+}
+
+void gateway::on_event(std::uint64_t call_id, open_call& call, const schedule::token_event& event) {
+  if (event.has_token && !event.is_prompt) {
+    auto& last = call.last_token[event.request - call.first_id];
+    auto time = current_time();
+    if (event.token_index == 0)
+      metrics_.first_token(time - call.arrived);
+    else
+      metrics_.between_tokens(time - last);
+    last = time;
+    metrics_.count_tokens(0, 1);
+  }
+  out_.clear();
+  if (call.stream && !call.begun) {
+    call.begun = true;
+    metrics_.count_response(call.route, 200);
+    call.response->begin_stream(200, "text/event-stream", {{"Cache-Control", "no-cache"}});
+    call.builder.open(out_);
+  }
+  auto step = call.builder.on_event(event, out_);
+  if (step.cancel && call_of_.erase(event.request) != 0)
+    send(replicas_[call.replica].scheduler, cancel_atom::value, event.request);
+  if (event.finish != schedule::finish_reason::none)
+    call_of_.erase(event.request);
+  if (call.stream) {
+    if (!out_.empty())
+      call.response->write(out_);
+    if (step.done)
+      call.response->end();
+  } else if (step.done) {
+    metrics_.count_response(call.route, 200);
+    call.response->send(200, "application/json", std::move(out_));
+    out_ = {};
+  }
+  if (step.done)
+    close_call(call_id);
+}
+
+void gateway::on_progress(const progress& made) {
+  for (const auto& event : made.events) {
+    auto id = call_of_.find(event.request);
+    if (id == call_of_.end())
+      continue; // the client left, or its stop string came
+    auto call_id = id->second;
+    auto& call = calls_.at(call_id);
+    on_event(call_id, call, event);
+  }
+  for (const auto& [request, why] : made.errors) {
+    auto id = call_of_.find(request);
+    if (id == call_of_.end())
+      continue;
+    auto call_id = id->second;
+    fail_call(call_id, calls_.at(call_id), why);
+  }
+}
+
+gateway::behavior_type gateway::make_behavior() {
+  return {
+    [this](const cluster_plan& plan) {
+      if (!replicas_.empty())
+        return;
+      plan_ = plan.body;
+      auto client = caf::actor_cast<scheduler_client>(caf::actor_cast<gateway_actor>(this));
+      for (std::uint32_t i = 0; i < plan_.num_replicas(); ++i) {
+        replica r;
+        r.scheduler =
+          spawn<scheduler>(i, options_.incarnation, plan, client, make_stage_connector());
+        link_to(r.scheduler); // a frontend without a scheduler is restarted as a whole
+        r.report.replica = i;
+        r.report.last_progress = current_time();
+        replicas_.push_back(std::move(r));
+      }
+    },
+    [this](const cluster_view& view) {
+      if (view->version() <= view_.version())
+        return;
+      view_ = view.body;
+      for (auto& r : replicas_)
+        send(r.scheduler, view);
+    },
+    [this](start_atom) {
+      if (!controller_)
+        dial_controller();
+    },
+    [this](const http_call_ptr& call) { serve(*call); },
+    [this](const progress_ptr& made) { on_progress(*made); },
+    [this](const replica_report& report) {
+      replicas_.at(report.replica).report = report;
+      was_ready_ = was_ready_ || report.serving;
+    },
+    [this](const replay_report& report) {
+      if (controller_)
+        send(controller_, report);
+    },
+    [this](cancel_atom, std::uint64_t call_id) { close_call(call_id); },
+  };
+}
+
+} // namespace troupe::actors

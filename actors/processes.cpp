@@ -1,0 +1,245 @@
+#include "troupe/actors/runtime.hpp"
+
+#include "troupe/actors/cluster_plan.hpp"
+#include "troupe/actors/cluster_supervisor.hpp"
+#include "troupe/actors/gateway.hpp"
+#include "troupe/base/startup_report.hpp"
+#include "troupe/config/cluster_config.hpp"
+#include "troupe/messages/actor_config.hpp"
+#include "troupe/model/chat_template.hpp"
+
+#include <csignal>
+#include <future>
+#include <thread>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+namespace troupe::actors {
+
+using namespace messages;
+
+namespace {
+
+/// A connection is given up after this many heartbeats without a sign of life. Generous, since a
+/// death is seen by the parent at once and a stall on a busy machine is none.
+constexpr std::uint32_t heartbeats_to_live = 20;
+
+/// Actors that may run at once in a process whose work is mostly elsewhere.
+constexpr std::uint32_t control_threads = 2;
+
+/// What answers under way get when a frontend is told to stop.
+constexpr auto drain_time = std::chrono::milliseconds(500);
+
+messages::actor_config make_config(std::uint32_t heartbeat_ms) {
+  return messages::actor_config(control_threads, heartbeat_ms, heartbeat_ms * heartbeats_to_live);
+}
+
+void wait_for_stop_signal() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  int number = 0;
+  sigwait(&signals, &number);
+  spdlog::info("stopping: signal {}", number);
+}
+
+/// Ends the process without waiting for actors: an actor system's destructor waits for ever for one
+/// that does not end, and everything that must outlive the process has left it already.
+[[noreturn]] void leave(int code) {
+  spdlog::default_logger()->flush();
+  std::_Exit(code);
+}
+
+int not_started(int startup_fd, const error& why) {
+  spdlog::critical("{}", why.text());
+  report_not_started(startup_fd, why);
+  return is_permanent(why.code) ? exit_permanent : EXIT_FAILURE;
+}
+
+/// Publishes an actor on a port; 0 takes any. Returns the port.
+template <class Handle>
+expected<std::uint16_t> publish(caf::actor_system& system, const Handle& actor, std::uint16_t port,
+                                const std::string& bind) {
+  auto bound = system.middleman().publish(actor, port, bind.c_str(), true);
+  if (!bound)
+    return fail(error_code::resource_exhausted,
+                fmt::format("cannot listen on {}:{}: {}", bind, port, system.render(bound.error())),
+                "network.bind must be an address of this host, and the port free");
+  return *bound;
+}
+
+/// Sends SIGTERM to this process when an actor ends, so that main's wait is over.
+template <class Handle>
+void stop_when_down(caf::actor_system& system, const Handle& actor) {
+  system.spawn<caf::detached>([actor](caf::event_based_actor* self) -> caf::behavior {
+    self->set_down_handler([self](caf::down_msg& down) {
+      if (down.reason)
+        spdlog::critical("the root actor ended: {}", self->system().render(down.reason));
+      ::kill(::getpid(), SIGTERM);
+      self->quit();
+    });
+    self->monitor(actor);
+    return {[](stop_atom) {}}; // an actor without behavior ends at once
+  });
+}
+
+http::serving_model make_serving_model(const proto::ClusterPlan& plan,
+                                       const model::model_config& config) {
+  http::serving_model served;
+  served.name = plan.model_name();
+  served.max_context = plan.max_context();
+  served.vocab_size = config.vocab_size;
+  served.eos_tokens = config.eos_tokens;
+  served.defaults.temperature = config.default_temperature.value_or(1.0F);
+  served.defaults.top_p = config.default_top_p.value_or(1.0F);
+  return served;
+}
+
+struct frontend_parts {
+  config::cluster_config config;
+  std::shared_ptr<const model::tokenizer> tokenizer;
+  std::shared_ptr<const model::chat_renderer> chat; ///< null: the model has no template
+  http::serving_model served;                       ///< points to the two above
+};
+
+expected<frontend_parts> load_frontend(const config_source& source) {
+  auto config = config::load(source.file, source.settings);
+  if (!config)
+    return tl::unexpected(config.error());
+  auto model = model::load_model_config(config->model.path);
+  if (!model)
+    return tl::unexpected(model.error());
+  auto plan = make_cluster_plan(*config, *model);
+  if (!plan)
+    return tl::unexpected(plan.error());
+  auto tokenizer = model::tokenizer::load(config->model.path);
+  if (!tokenizer)
+    return tl::unexpected(tokenizer.error());
+  auto chat = model::chat_renderer::load(config->model.path);
+  if (!chat && chat.error().code != error_code::not_found)
+    return tl::unexpected(chat.error());
+  frontend_parts parts;
+  parts.served = make_serving_model(*plan, *model);
+  parts.config = std::move(*config);
+  parts.tokenizer = std::make_shared<const model::tokenizer>(std::move(*tokenizer));
+  if (chat)
+    parts.chat = std::make_shared<const model::chat_renderer>(std::move(*chat));
+  parts.served.tokenizer = parts.tokenizer.get();
+  parts.served.chat = parts.chat.get();
+  return parts;
+}
+
+} // namespace
+
+void block_stop_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+}
+
+int run_controller(const controller_options& options) {
+  auto config = config::load(options.config.file, options.config.settings);
+  if (!config)
+    return not_started(options.startup_fd, config.error());
+  auto model = model::load_model_config(config->model.path);
+  if (!model)
+    return not_started(options.startup_fd, model.error());
+  auto plan = make_cluster_plan(*config, *model);
+  if (!plan)
+    return not_started(options.startup_fd, plan.error());
+  auto system_config = make_config(config->recovery.heartbeat_ms);
+  caf::actor_system system{system_config};
+  recovery::membership members(std::move(*plan), options.incarnation,
+                               static_cast<std::uint32_t>(::getpid()));
+  auto supervisor = system.spawn<cluster_supervisor>(std::move(members));
+  auto port = publish(system, supervisor, options.port, config->network.bind);
+  if (!port)
+    leave(not_started(options.startup_fd, port.error()));
+  stop_when_down(system, supervisor);
+  spdlog::info("the controller listens on {}:{}", config->network.bind, *port);
+  report_started(options.startup_fd, *port);
+  wait_for_stop_signal();
+  leave(EXIT_SUCCESS);
+}
+
+int run_frontend(const frontend_options& options) {
+  auto parts = load_frontend(options.config);
+  if (!parts)
+    return not_started(options.startup_fd, parts.error());
+  const auto& serving = parts->config.serving;
+  auto system_config = make_config(parts->config.recovery.heartbeat_ms);
+  caf::actor_system system{system_config};
+
+  // The door opens before the gateway is there, since the gateway needs the door's port: calls
+  // that are earlier wait for it.
+  auto ready = std::make_shared<std::promise<gateway_actor>>();
+  std::shared_future<gateway_actor> gateway_future = ready->get_future().share();
+  http::server_options server_options;
+  server_options.host = serving.listen_host;
+  server_options.port = options.port != 0 ? options.port : serving.listen_port;
+  auto server =
+    http::server::start(server_options, [gateway_future](http::request request,
+                                                         std::shared_ptr<http::response> response) {
+      auto call = std::make_shared<http_call>(http_call{std::move(request), std::move(response)});
+      caf::anon_send(gateway_future.get(), http_call_ptr(std::move(call)));
+    });
+  if (!server)
+    leave(not_started(options.startup_fd, server.error()));
+  auto port = (*server)->port();
+  gateway_options gateway_settings;
+  gateway_settings.incarnation = options.incarnation;
+  gateway_settings.endpoint = "http://" + http::host_port(serving.listen_host, port);
+  gateway_settings.controller_host = parts->config.network.bind;
+  gateway_settings.controller_port = options.controller_port;
+  gateway_settings.served = parts->served;
+  gateway_settings.tokenizer = parts->tokenizer;
+  spdlog::info("the frontend listens on {}", gateway_settings.endpoint);
+  auto door = system.spawn<gateway>(std::move(gateway_settings));
+  caf::anon_send(door, start_atom::value);
+  ready->set_value(door);
+  stop_when_down(system, door);
+  report_started(options.startup_fd, port);
+  wait_for_stop_signal();
+  (*server)->stop(drain_time);
+  leave(EXIT_SUCCESS);
+}
+
+int run_node(node_options options, std::uint32_t heartbeat_ms) {
+  auto system_config = make_config(heartbeat_ms);
+  caf::actor_system system{system_config};
+  auto bind = options.bind;
+  auto supervisor = system.spawn<node_supervisor, caf::detached>(std::move(options));
+  auto port = publish(system, caf::actor_cast<node_supervisor_actor>(supervisor), 0, bind);
+  if (!port)
+    leave(not_started(-1, port.error()));
+  caf::anon_send(supervisor, start_atom::value, *port);
+  stop_when_down(system, supervisor);
+  wait_for_stop_signal();
+  caf::scoped_actor self{system};
+  caf::anon_send(supervisor, stop_atom::value);
+  self->wait_for(supervisor);
+  leave(EXIT_SUCCESS);
+}
+
+int run_worker(worker_options options, std::uint32_t heartbeat_ms) {
+  auto system_config = make_config(heartbeat_ms);
+  caf::actor_system system{system_config};
+  auto exit_code = std::make_shared<std::atomic<int>>(EXIT_SUCCESS);
+  auto bind = options.node_host;
+  auto root = system.spawn<worker>(std::move(options), exit_code);
+  auto port = publish(system, caf::actor_cast<worker_actor>(root), 0, bind);
+  if (!port)
+    leave(not_started(-1, port.error()));
+  caf::anon_send(root, start_atom::value, *port);
+  stop_when_down(system, root);
+  wait_for_stop_signal();
+  leave(exit_code->load());
+}
+
+} // namespace troupe::actors

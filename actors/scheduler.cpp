@@ -1,0 +1,372 @@
+#include "troupe/actors/scheduler.hpp"
+
+#include "troupe/actors/convert.hpp"
+#include "troupe/actors/dial.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+namespace troupe::actors {
+
+using namespace messages;
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr auto tick_interval = 50ms;
+constexpr auto dial_timeout = 2000ms;
+
+schedule::time_point current_time() {
+  return std::chrono::steady_clock::now();
+}
+
+schedule::limits limits_of(const proto::ClusterPlan& plan) {
+  schedule::limits result;
+  result.num_pages = plan.kv_pages();
+  result.page_tokens = plan.page_tokens();
+  result.max_batch_tokens = plan.max_batch_tokens();
+  result.max_batch_sequences = plan.max_batch_sequences();
+  result.prefill_chunk_tokens = plan.prefill_chunk_tokens();
+  result.max_in_flight = plan.num_stages() + 1;
+  result.max_queued = plan.max_queue();
+  result.max_context = plan.max_context();
+  return result;
+}
+
+proto::RunMicroBatch to_message(const schedule::micro_batch& batch) {
+  proto::RunMicroBatch result;
+  result.mutable_tokens()->Add(batch.tokens.begin(), batch.tokens.end());
+  for (const auto& slice : batch.sequences) {
+    result.add_first_positions(slice.first_position);
+    result.add_row_counts(slice.num_rows);
+    result.add_page_counts(static_cast<std::uint32_t>(slice.pages.size()));
+    result.mutable_pages()->Add(slice.pages.begin(), slice.pages.end());
+  }
+  for (const auto& output : batch.outputs) {
+    const auto& slice = batch.sequences[static_cast<std::size_t>(output.sequence)];
+    auto* o = result.add_outputs();
+    o->set_row(static_cast<std::uint32_t>(output.row));
+    o->set_target(output.target);
+    o->set_num_logprobs(output.num_logprobs);
+    o->set_temperature(slice.draw.temperature);
+    o->set_top_k(slice.draw.top_k);
+    o->set_top_p(slice.draw.top_p);
+    o->set_min_p(slice.draw.min_p);
+    o->set_seed(slice.draw.seed);
+    o->set_position(static_cast<std::uint32_t>(output.position));
+    if (output.ban_stop_tokens)
+      o->mutable_banned()->Add(slice.stop_tokens.begin(), slice.stop_tokens.end());
+  }
+  return result;
+}
+
+class network_connector final : public stage_connector {
+public:
+  void connect(scheduler_local::base* self, const proto::WorkerView& worker, std::uint32_t replica,
+               std::uint32_t index, std::function<void(const stage_actor&)> on_connected,
+               std::function<void(const error&)> on_error) override {
+    dial<worker_actor>(
+      self, worker.host(), static_cast<std::uint16_t>(worker.port()), dial_timeout,
+      [=](const worker_actor& connected) {
+        self->request(connected, dial_timeout, stage_atom::value, replica, index)
+          .then([=](const stage_actor& stage) { on_connected(stage); },
+                [=](caf::error&) {
+                  on_error(
+                    error{error_code::peer_lost, "the worker did not hand out its stage", "", ""});
+                });
+      },
+      on_error);
+  }
+};
+
+} // namespace
+
+std::shared_ptr<stage_connector> make_stage_connector() {
+  return std::make_shared<network_connector>();
+}
+
+scheduler::scheduler(caf::actor_config& config, std::uint32_t replica, std::uint64_t incarnation,
+                     cluster_plan plan, scheduler_client client,
+                     std::shared_ptr<stage_connector> connector)
+  : scheduler_local::base(config),
+    replica_(replica),
+    step_base_(incarnation << 40U),
+    plan_(std::move(plan.body)),
+    client_(std::move(client)),
+    connector_(std::move(connector)),
+    policy_(limits_of(plan_)),
+    stages_(plan_.num_stages()),
+    kv_generations_(plan_.num_stages()),
+    last_progress_(current_time()) {
+  set_down_handler([this](caf::down_msg& down) {
+    for (auto& link : stages_)
+      if (link.stage && link.stage.address() == down.source)
+        link = {}; // its node reports the loss; the view that follows says where its successor is
+    serving_ = serving_ && can_serve();
+  });
+}
+
+void scheduler::connect(std::uint32_t index, const proto::WorkerView& worker) {
+  auto incarnation = worker.incarnation();
+  stages_[index] = {incarnation, {}};
+  connector_->connect(
+    this, worker, replica_, index,
+    [this, index, incarnation](const stage_actor& stage) {
+      if (stages_[index].incarnation != incarnation)
+        return; // overtaken by a newer view
+      monitor(stage);
+      stages_[index].stage = stage;
+      start_serving_if_possible();
+    },
+    [this, index, incarnation](const error& e) {
+      spdlog::debug("replica-{}/stage-{}: {}", replica_, index, e.text());
+      if (stages_[index].incarnation == incarnation)
+        stages_[index] = {}; // tried again with the next tick
+    });
+}
+
+void scheduler::take_view(const proto::ClusterView& view) {
+  if (view.version() <= view_.version())
+    return;
+  if (view.epoch() != view_.epoch())
+    serving_ = false;
+  view_ = view;
+  take_losses();
+  for (std::uint32_t i = 0; i < stages_.size(); ++i) {
+    const auto* worker = find_stage(view_, replica_, i);
+    if (worker == nullptr || worker->state() != proto::RUNNING)
+      stages_[i] = {};
+    else if (worker->incarnation() != stages_[i].incarnation)
+      connect(i, *worker);
+  }
+  serving_ = serving_ && can_serve();
+  start_serving_if_possible();
+  report_state();
+}
+
+void scheduler::take_losses() {
+  for (std::uint32_t i = 0; i < stages_.size(); ++i) {
+    const auto* worker = find_stage(view_, replica_, i);
+    if (worker == nullptr || worker->state() != proto::RUNNING)
+      continue;
+    auto& known = kv_generations_[i];
+    if (known != 0 && known != worker->kv_generation()) {
+      spdlog::warn("the KV memory of replica-{}/stage-{} is gone; its sequences are computed again",
+                   replica_, i);
+      policy_.forget_kv();
+      serving_ = false;
+    }
+    known = worker->kv_generation();
+  }
+  if (gave_up_)
+    return;
+  for (const auto& worker : view_.workers()) {
+    bool is_ours =
+      std::any_of(worker.plan().actors().begin(), worker.plan().actors().end(), [&](const auto& a) {
+        return a.kind() == proto::STAGE ? a.replica() == replica_ : plan_.num_expert_copies() < 2;
+      });
+    if (!is_ours || worker.state() != proto::FAILED)
+      continue;
+    gave_up_ = from_proto(worker.error());
+    gave_up_->code = error_code::unavailable;
+    spdlog::error("replica-{} is given up: {}", replica_, gave_up_->text());
+    policy_.fail_all();
+    flush_events(&*gave_up_);
+    return;
+  }
+}
+
+bool scheduler::can_serve() const {
+  if (gave_up_)
+    return false;
+  for (const auto& link : stages_)
+    if (!link.stage)
+      return false;
+  for (std::uint32_t group = 0; group < plan_.num_expert_groups(); ++group) {
+    bool runs = false;
+    for (std::uint32_t copy = 0; copy < plan_.num_expert_copies(); ++copy) {
+      const auto* worker = find_expert_group(view_, group, copy);
+      runs = runs || (worker != nullptr && worker->state() == proto::RUNNING);
+    }
+    if (!runs)
+      return false;
+  }
+  return true;
+}
+
+void scheduler::start_serving_if_possible() {
+  if (serving_ || !can_serve())
+    return;
+  serving_ = true;
+  last_progress_ = current_time();
+  std::uint32_t requests = 0;
+  std::uint32_t tokens = 0;
+  for (const auto* batch : policy_.in_flight()) {
+    requests += static_cast<std::uint32_t>(batch->sequences.size());
+    tokens += static_cast<std::uint32_t>(batch->tokens.size());
+    send_to_stages(*batch);
+  }
+  replaying_ = tokens > 0;
+  report_replay(replaying_ ? proto::REPLAYING : proto::SERVING, requests, tokens);
+  spdlog::info("replica-{} serves in epoch {}; {} tokens replayed", replica_, view_.epoch(),
+               tokens);
+  report_state();
+  pump();
+}
+
+void scheduler::report_state() {
+  send(client_, replica_report{replica_, serving_, policy_.count(), last_progress_});
+}
+
+void scheduler::report_replay(proto::RecoveryPhase phase, std::uint32_t requests,
+                              std::uint32_t tokens) {
+  proto::ReplayReport report;
+  report.set_replica(replica_);
+  report.set_epoch(view_.epoch());
+  report.set_phase(phase);
+  report.set_requests(requests);
+  report.set_tokens_replayed(tokens);
+  send(client_, replay_report{std::move(report)});
+}
+
+void scheduler::send_to_stages(const schedule::micro_batch& batch) {
+  auto body = to_message(batch);
+  body.set_replica(replica_);
+  body.set_epoch(view_.epoch());
+  body.set_step(step_base_ + batch.step);
+  body.set_oldest_step(step_base_ + policy_.oldest_step());
+  run_micro_batch message{std::move(body)};
+  for (const auto& link : stages_)
+    send(link.stage, message);
+}
+
+void scheduler::pump() {
+  if (!serving_)
+    return;
+  while (const auto* batch = policy_.next())
+    send_to_stages(*batch);
+}
+
+void scheduler::flush_events(const error* why_failed) {
+  policy_.take_events(events_);
+  if (events_.empty())
+    return;
+  auto result = std::make_shared<progress>();
+  result->replica = replica_;
+  for (auto& event : events_) {
+    if (event.finish != schedule::finish_reason::failed)
+      result->events.push_back(std::move(event));
+    else if (why_failed != nullptr)
+      result->errors.emplace_back(event.request, *why_failed);
+    else
+      result->errors.emplace_back(
+        event.request,
+        fail(error_code::deadline_exceeded,
+             fmt::format("the request was not finished in {} s", plan_.request_timeout_s()),
+             "serving.request_timeout_s sets the limit")
+          .value());
+  }
+  send(client_, progress_ptr(std::move(result)));
+}
+
+void scheduler::complete(const proto::MicroBatchDone& done) {
+  auto count = static_cast<std::size_t>(done.tokens_size());
+  std::uint64_t num_top_tokens = 0;
+  for (auto n : done.top_counts())
+    num_top_tokens += n;
+  auto top_size = static_cast<std::uint64_t>(done.top_tokens_size());
+  if (done.logprobs_size() != done.tokens_size() || done.top_counts_size() != done.tokens_size()
+      || num_top_tokens != top_size || done.top_logprobs_size() != done.top_tokens_size()) {
+    spdlog::error("step {} of replica-{}: an answer whose arrays do not match", done.step(),
+                  replica_);
+    return;
+  }
+  outputs_.resize(count);
+  int top = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    auto& output = outputs_[i];
+    auto at = static_cast<int>(i);
+    output.token = done.tokens(at);
+    output.logprob = done.logprobs(at);
+    auto num_top = static_cast<int>(done.top_counts(at));
+    output.top_tokens.assign(done.top_tokens().begin() + top,
+                             done.top_tokens().begin() + top + num_top);
+    output.top_logprobs.assign(done.top_logprobs().begin() + top,
+                               done.top_logprobs().begin() + top + num_top);
+    top += num_top;
+  }
+  if (auto taken = policy_.complete(done.step() - step_base_, outputs_); !taken)
+    spdlog::error("step {} of replica-{}: {}", done.step(), replica_, taken.error().text());
+  last_progress_ = current_time();
+  if (replaying_) {
+    replaying_ = false;
+    report_replay(proto::SERVING, 0, 0);
+  }
+}
+
+scheduler::behavior_type scheduler::make_behavior() {
+  delayed_send(this, tick_interval, tick_atom::value);
+  return {
+    [this](const micro_batch_done& done) {
+      if (done->epoch() != view_.epoch() || !serving_)
+        return; // of a stage that has not heard of the recovery; it will answer again
+      complete(done.body);
+      pump();
+      flush_events();
+      report_state();
+    },
+    [this](const micro_batch_failed& failure) {
+      if (failure->epoch() != view_.epoch() || !serving_)
+        return;
+      auto why = from_proto(failure->error());
+      spdlog::error("step {} of replica-{} failed: {}", failure->step(), replica_, why.text());
+      policy_.fail_step(failure->step() - step_base_);
+      flush_events(&why);
+      pump();
+    },
+    [this](const cluster_view& view) { take_view(view.body); },
+    [this](const submission& submitted) {
+      auto id = submitted->id;
+      auto taken = gave_up_ ? expected<void>(tl::unexpected(*gave_up_))
+                            : policy_.submit(std::move(*submitted));
+      if (!taken) {
+        auto result = std::make_shared<progress>();
+        result->replica = replica_;
+        result->errors.emplace_back(id, taken.error());
+        send(client_, progress_ptr(std::move(result)));
+        return;
+      }
+      if (policy_.in_flight().empty())
+        last_progress_ = current_time();
+      pump();
+      flush_events();
+    },
+    [this](cancel_atom, schedule::request_id id) {
+      policy_.cancel(id);
+      pump();
+      flush_events();
+      report_state();
+    },
+    [this](tick_atom) {
+      delayed_send(this, tick_interval, tick_atom::value);
+      // A stage that could not be reached is dialled again.
+      for (std::uint32_t i = 0; i < stages_.size(); ++i) {
+        const auto* worker = find_stage(view_, replica_, i);
+        if (worker != nullptr && worker->state() == proto::RUNNING && stages_[i].incarnation == 0)
+          connect(i, *worker);
+      }
+      policy_.expire(current_time());
+      pump();
+      flush_events();
+      auto counters = policy_.count();
+      if (counters.num_in_flight == 0 && counters.num_queued == 0 && counters.num_running == 0)
+        last_progress_ = current_time();
+      report_state();
+    },
+  };
+}
+
+} // namespace troupe::actors

@@ -1,0 +1,232 @@
+#include "troupe/actors/stage.hpp"
+
+#include "troupe/actors/convert.hpp"
+
+#include <numeric>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+namespace troupe::actors {
+
+using namespace messages;
+
+stage::stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t index,
+             std::uint32_t num_stages, std::uint32_t hidden_size,
+             std::shared_ptr<frame_sink> frames, stage_compute_actor compute)
+  : stage_local::base(config),
+    replica_(replica),
+    index_(index),
+    hidden_size_(hidden_size),
+    frames_(std::move(frames)),
+    compute_(std::move(compute)),
+    ledger_(index == 0, index + 1 == num_stages),
+    num_stages_(num_stages) {
+  // Without its computing thread the stage is of no use: the process ends and is restarted.
+  link_to(compute_);
+}
+
+stage::behavior_type stage::make_behavior() {
+  return {
+    [this](const run_micro_batch& asked) {
+      scheduler_ = caf::actor_cast<scheduler_actor>(current_sender());
+      if (ledger_.run(asked->epoch(), asked->step(), asked->oldest_step())) {
+        auto& kept = kept_[asked->step()];
+        if (!kept.batch)
+          kept.batch = std::make_shared<proto::RunMicroBatch>(asked.body);
+      }
+      carry_out();
+    },
+    [this](const cluster_view& view) {
+      ledger_.raise_epoch(view->epoch());
+      successor_ = {};
+      if (index_ + 1 < num_stages_) {
+        const auto* worker = find_stage(view.body, replica_, index_ + 1);
+        if (worker != nullptr && worker->state() == proto::RUNNING)
+          successor_ = {worker->plan().name(), worker->incarnation()};
+      }
+      ledger_.successor(successor_.incarnation);
+      carry_out();
+    },
+    [this](const frame_ptr& arrived) {
+      const auto& header = arrived->header;
+      if (ledger_.input(header.epoch(), header.step()))
+        kept_[header.step()].input = arrived;
+      carry_out();
+    },
+    [this](const stage_result& result) {
+      kept_[result.step].result = result;
+      if (result.failure)
+        ledger_.compute_failed(result.step);
+      else
+        ledger_.computed(result.step);
+      carry_out();
+    },
+  };
+}
+
+void stage::carry_out() {
+  using kind = recovery::stage_ledger::kind;
+  while (auto action = ledger_.next()) {
+    switch (action->what) {
+    case kind::compute: {
+      const auto& kept = kept_.at(action->step);
+      send(compute_, stage_work{kept.batch, kept.input});
+      break;
+    }
+    case kind::pass_on: pass_on(action->step); break;
+    case kind::report: report(action->step); break;
+    case kind::report_failure: report_failure(action->step); break;
+    case kind::drop: kept_.erase(action->step); break;
+    }
+  }
+}
+
+void stage::pass_on(std::uint64_t step) {
+  const auto& kept = kept_.at(step);
+  proto::FrameHeader header;
+  header.set_kind(proto::BOUNDARY);
+  header.set_replica(replica_);
+  header.set_actor_index(index_ + 1);
+  header.set_epoch(ledger_.epoch());
+  header.set_step(step);
+  header.set_num_rows(static_cast<std::uint32_t>(kept.batch->tokens_size()));
+  header.set_num_cols(hidden_size_);
+  frames_->send(successor_, std::move(header), {kept.result.output->bytes(), kept.result.output});
+}
+
+void stage::report(std::uint64_t step) {
+  auto done = *kept_.at(step).result.done;
+  done.set_epoch(ledger_.epoch());
+  send(scheduler_, micro_batch_done{std::move(done)});
+}
+
+void stage::report_failure(std::uint64_t step) {
+  proto::MicroBatchFailed failed;
+  failed.set_replica(replica_);
+  failed.set_epoch(ledger_.epoch());
+  failed.set_step(step);
+  *failed.mutable_error() = to_proto(*kept_.at(step).result.failure);
+  send(scheduler_, micro_batch_failed{std::move(failed)});
+}
+
+stage_compute::stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
+                             std::shared_ptr<model::stage_model> model,
+                             std::shared_ptr<remote_experts> experts,
+                             transport::buffer_pool buffers)
+  : stage_compute_actor::base(config),
+    ops_(std::move(ops)),
+    model_(std::move(model)),
+    experts_(std::move(experts)),
+    buffers_(std::move(buffers)) {}
+
+stage_compute::behavior_type stage_compute::make_behavior() {
+  return {[this](const stage_work& work) {
+    auto asker = caf::actor_cast<stage_local>(current_sender());
+    auto result = compute(work);
+    if (!result) {
+      spdlog::error("step {}: {}", work.batch->step(), result.error().text());
+      result =
+        stage_result{work.batch->step(), nullptr, nullptr, std::make_shared<error>(result.error())};
+    }
+    send(asker, *result);
+  }};
+}
+
+expected<stage_result> stage_compute::compute(const stage_work& work) {
+  const auto& batch = *work.batch;
+  auto num_sequences = batch.first_positions_size();
+  if (batch.row_counts_size() != num_sequences || batch.page_counts_size() != num_sequences)
+    return fail(error_code::invalid_request,
+                "a micro-batch whose sequence arrays differ in length");
+  tokens_.assign(batch.tokens().begin(), batch.tokens().end());
+  pages_.assign(batch.pages().begin(), batch.pages().end());
+  positions_.clear();
+  sequences_.clear();
+  page_offsets_.clear();
+  std::int32_t first_page = 0;
+  for (int s = 0; s < num_sequences; ++s) {
+    page_offsets_.push_back(first_page);
+    first_page += static_cast<std::int32_t>(batch.page_counts(s));
+    for (std::uint32_t r = 0; r < batch.row_counts(s); ++r) {
+      positions_.push_back(static_cast<std::int32_t>(batch.first_positions(s) + r));
+      sequences_.push_back(s);
+    }
+  }
+  if (positions_.size() != tokens_.size() || static_cast<std::size_t>(first_page) != pages_.size())
+    return fail(error_code::invalid_request,
+                fmt::format("a micro-batch of {} rows with {} tokens, {} pages of {}",
+                            positions_.size(), tokens_.size(), first_page, pages_.size()));
+  model::stage_input input;
+  input.tokens = tokens_;
+  input.batch = {positions_, sequences_, pages_, page_offsets_};
+  auto row_bytes = kernels::size_of(ops_->activation_type())
+                   * static_cast<std::size_t>(model_->config().hidden_size);
+  if (!model_->is_first()) {
+    if (work.input->payload.size() != tokens_.size() * row_bytes)
+      return fail(error_code::internal,
+                  fmt::format("{} sent {} bytes of hidden states for {} rows of {}",
+                              work.input->header.sender(), work.input->payload.size(),
+                              tokens_.size(), row_bytes));
+    input.hidden = work.input->payload.data();
+  }
+  if (experts_) {
+    experts_->set_step(batch.step());
+    input.experts = experts_.get();
+  }
+  auto hidden = model_->forward(input);
+  if (!hidden)
+    return tl::unexpected(hidden.error());
+  stage_result result;
+  result.step = batch.step();
+  if (model_->is_last()) {
+    auto done = draw(batch);
+    if (!done)
+      return tl::unexpected(done.error());
+    result.done = std::move(*done);
+    return result;
+  }
+  auto buffer = buffers_.take(tokens_.size() * row_bytes);
+  if (!buffer)
+    return tl::unexpected(buffer.error());
+  result.output = std::make_shared<transport::buffer>(std::move(*buffer));
+  ops_->copy_to_host(*hidden, result.output->data());
+  return result;
+}
+
+expected<std::shared_ptr<proto::MicroBatchDone>>
+stage_compute::draw(const proto::RunMicroBatch& batch) {
+  auto count = static_cast<std::size_t>(batch.outputs_size());
+  rows_.resize(count);
+  params_.resize(count);
+  sampled_.resize(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto& o = batch.outputs(static_cast<int>(i));
+    rows_[i] = static_cast<std::int32_t>(o.row());
+    auto& p = params_[i];
+    p.temperature = o.temperature();
+    p.top_k = o.top_k();
+    p.top_p = o.top_p();
+    p.min_p = o.min_p();
+    p.seed = o.seed();
+    p.position = o.position();
+    p.num_logprobs = o.num_logprobs();
+    p.target = o.target();
+    p.banned = {o.banned().data(), static_cast<std::size_t>(o.banned_size())};
+  }
+  if (auto drawn = model_->sample(rows_, params_, sampled_); !drawn)
+    return tl::unexpected(drawn.error());
+  auto done = std::make_shared<proto::MicroBatchDone>();
+  done->set_replica(batch.replica());
+  done->set_step(batch.step());
+  for (const auto& s : sampled_) {
+    done->add_tokens(s.token);
+    done->add_logprobs(s.logprob);
+    done->add_top_counts(static_cast<std::uint32_t>(s.num_top));
+    done->mutable_top_tokens()->Add(s.top_tokens, s.top_tokens + s.num_top);
+    done->mutable_top_logprobs()->Add(s.top_logprobs, s.top_logprobs + s.num_top);
+  }
+  return done;
+}
+
+} // namespace troupe::actors

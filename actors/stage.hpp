@@ -1,0 +1,106 @@
+#pragma once
+
+#include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/expert_group.hpp"
+#include "troupe/actors/remote_experts.hpp"
+#include "troupe/messages/serving_protocol.hpp"
+#include "troupe/model/deepseek.hpp"
+#include "troupe/recovery/stage_ledger.hpp"
+
+#include <map>
+#include <memory>
+#include <vector>
+
+namespace troupe::actors {
+
+using micro_batch_ptr = std::shared_ptr<const proto::RunMicroBatch>;
+
+/// What a stage's computing thread is given.
+struct stage_work {
+  micro_batch_ptr batch;
+  frame_ptr input; ///< null for the first stage
+};
+
+/// What it gives back: one of the three.
+struct stage_result {
+  std::uint64_t step = 0;
+  std::shared_ptr<transport::buffer> output;   ///< hidden states for the next stage
+  std::shared_ptr<proto::MicroBatchDone> done; ///< the last stage's tokens
+  std::shared_ptr<const error> failure;
+};
+
+} // namespace troupe::actors
+
+CAF_ALLOW_UNSAFE_MESSAGE_TYPE(troupe::actors::stage_work)
+CAF_ALLOW_UNSAFE_MESSAGE_TYPE(troupe::actors::stage_result)
+
+namespace troupe::actors {
+
+using stage_local =
+  messages::stage_actor::extend<caf::reacts_to<messages::cluster_view>, caf::reacts_to<frame_ptr>,
+                                caf::reacts_to<stage_result>>;
+
+using stage_compute_actor = caf::typed_actor<caf::reacts_to<stage_work>>;
+
+/// The computing half of a stage, in a thread of its own so that the stage can always answer.
+/// Sends a stage_result to whoever sent the work, which must be a stage_local.
+class stage_compute : public stage_compute_actor::base {
+public:
+  /// `experts` is null where the model has its own.
+  stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
+                std::shared_ptr<model::stage_model> model, std::shared_ptr<remote_experts> experts,
+                transport::buffer_pool buffers);
+
+  behavior_type make_behavior() override;
+
+private:
+  expected<stage_result> compute(const stage_work& work);
+  expected<std::shared_ptr<proto::MicroBatchDone>> draw(const proto::RunMicroBatch& batch);
+
+  std::shared_ptr<kernels::ops> ops_;
+  std::shared_ptr<model::stage_model> model_;
+  std::shared_ptr<remote_experts> experts_;
+  transport::buffer_pool buffers_;
+  // Reused from step to step.
+  std::vector<std::int32_t> tokens_, positions_, sequences_, pages_, page_offsets_, rows_;
+  std::vector<kernels::sampling_params> params_;
+  std::vector<kernels::sampled_token> sampled_;
+};
+
+/// A run of layers of one replica. Lives in a worker; its KV pages belong to the node and are
+/// there again when the worker has been restarted. What it owes is kept by
+/// recovery::stage_ledger; this class carries that out.
+class stage : public stage_local::base {
+public:
+  stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t index,
+        std::uint32_t num_stages, std::uint32_t hidden_size, std::shared_ptr<frame_sink> frames,
+        stage_compute_actor compute);
+
+  behavior_type make_behavior() override;
+
+private:
+  /// Everything kept for a step until it is complete everywhere.
+  struct kept_step {
+    micro_batch_ptr batch;
+    frame_ptr input;
+    stage_result result;
+  };
+
+  void carry_out();
+  void pass_on(std::uint64_t step);
+  void report(std::uint64_t step);
+  void report_failure(std::uint64_t step);
+
+  std::uint32_t replica_;
+  std::uint32_t index_;
+  std::uint32_t hidden_size_;
+  std::shared_ptr<frame_sink> frames_;
+  stage_compute_actor compute_;
+  recovery::stage_ledger ledger_;
+  std::uint32_t num_stages_;
+  frame_target successor_;
+  messages::scheduler_actor scheduler_;
+  std::map<std::uint64_t, kept_step> kept_;
+};
+
+} // namespace troupe::actors

@@ -1,0 +1,170 @@
+#include "troupe/actors/worker.hpp"
+
+#include "troupe/actors/convert.hpp"
+#include "troupe/actors/dial.hpp"
+
+#include <chrono>
+
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+namespace troupe::actors {
+
+using namespace messages;
+using namespace std::chrono_literals;
+
+namespace {
+
+/// Returned by the process when one of its actors is gone.
+constexpr int exit_restart = 3;
+
+/// The same when it could not load what it was asked to.
+constexpr int exit_cannot_load = 4;
+
+/// Lets the last report leave before the process ends.
+constexpr auto farewell_time = 200ms;
+
+/// Pause between two attempts to reach the node.
+constexpr auto redial_interval = 200ms;
+
+} // namespace
+
+worker::worker(caf::actor_config& config, worker_options options,
+               std::shared_ptr<std::atomic<int>> exit_code)
+  : worker_local::base(config), options_(std::move(options)), exit_code_(std::move(exit_code)) {
+  set_down_handler([this](caf::down_msg& down) {
+    if (node_ && down.source == node_.address()) {
+      // If the node were dead, so would we be: it has stalled, or the connection has.
+      spdlog::warn("the connection to the node broke; dialling again");
+      node_ = nullptr;
+      delayed_send(this, redial_interval, start_atom::value, port_);
+      return;
+    }
+    spdlog::critical("an actor of this worker died: {}", system().render(down.reason));
+    exit_code_->store(exit_restart);
+    quit();
+  });
+}
+
+void worker::dial_node() {
+  dial<node_supervisor_actor>(
+    this, options_.node_host, options_.node_port, 2000ms,
+    [this](node_supervisor_actor node) {
+      node_ = std::move(node);
+      monitor(node_);
+      proto::WorkerHello hello;
+      hello.set_name(options_.name);
+      hello.set_incarnation(options_.incarnation);
+      hello.set_pid(static_cast<std::uint32_t>(::getpid()));
+      send(node_, worker_hello{std::move(hello)});
+      if (parts_)
+        report(proto::RUNNING, nullptr);
+    },
+    [this](const error& e) {
+      spdlog::warn("{}", e.text());
+      delayed_send(this, redial_interval, start_atom::value, port_);
+    });
+}
+
+void worker::report(proto::ProcessState state, const error* why) {
+  if (!node_)
+    return; // said again when the connection is back
+  proto::WorkerReport said;
+  auto* w = said.mutable_worker();
+  w->mutable_plan()->set_name(options_.name);
+  w->set_incarnation(options_.incarnation);
+  w->set_pid(static_cast<std::uint32_t>(::getpid()));
+  w->set_state(state);
+  w->set_port(port_);
+  if (parts_)
+    w->set_transport_address(parts_->plane->address());
+  if (why != nullptr)
+    *w->mutable_error() = to_proto(*why);
+  send(node_, worker_report{std::move(said)});
+}
+
+void worker::start_actors() {
+  auto& plane = parts_->plane;
+  const auto& plan = assignment_.plan();
+  for (auto& s : parts_->stages) {
+    std::pair key{s.plan.replica(), s.plan.index()};
+    auto compute = spawn<stage_compute, caf::detached>(s.ops, s.model, s.experts, plane->buffers());
+    auto hidden = static_cast<std::uint32_t>(s.model->config().hidden_size);
+    auto handle = spawn<stage>(key.first, key.second, plan.num_stages(), hidden, plane, compute);
+    monitor(handle);
+    plane->route_boundary(key.first, key.second, [handle](frame_ptr arrived) {
+      caf::anon_send(handle, std::move(arrived));
+    });
+    stages_.emplace(key, handle);
+  }
+  for (auto& g : parts_->expert_groups) {
+    auto handle = spawn<expert_group, caf::detached>(g.plan.index(), plane, g.ops, g.experts);
+    monitor(handle);
+    plane->route_dispatch(
+      g.plan.index(), [handle](frame_ptr arrived) { caf::anon_send(handle, std::move(arrived)); });
+  }
+}
+
+void worker::take_view() {
+  if (!parts_)
+    return;
+  parts_->plane->take_view(view_.body);
+  for (auto& [key, handle] : stages_)
+    send(handle, view_);
+}
+
+worker::behavior_type worker::make_behavior() {
+  return {
+    [this](const worker_assignment& assignment) {
+      if (!assignment_.name().empty())
+        return; // of a connection that broke before: this worker is what it is
+      assignment_ = assignment.body;
+      report(proto::LOADING, nullptr);
+      auto self = caf::actor_cast<worker_local>(this);
+      system().spawn<caf::detached>([self, assigned = assignment_,
+                                     incarnation = options_.incarnation](caf::event_based_actor*) {
+        auto parts = load_parts(assigned, incarnation);
+        load_outcome outcome;
+        if (parts)
+          outcome.parts = *parts;
+        else
+          outcome.failure = std::make_shared<error>(parts.error());
+        caf::anon_send(self, std::move(outcome));
+      });
+    },
+    [this](const cluster_view& view) {
+      if (view->version() <= view_->version())
+        return;
+      view_ = view;
+      take_view();
+    },
+    [this](stage_atom, std::uint32_t replica, std::uint32_t index) -> caf::result<stage_actor> {
+      auto found = stages_.find({replica, index});
+      if (found == stages_.end())
+        return caf::make_error(caf::sec::no_such_group_module, "no such stage here");
+      return caf::actor_cast<stage_actor>(found->second);
+    },
+    [](ping_atom, std::uint64_t number) { return number; },
+    [this](start_atom, std::uint16_t port) {
+      port_ = port;
+      if (!node_)
+        dial_node();
+    },
+    [this](const load_outcome& outcome) {
+      if (outcome.failure) {
+        spdlog::critical("{}", outcome.failure->text());
+        report(proto::FAILED, outcome.failure.get());
+        exit_code_->store(exit_cannot_load);
+        delayed_send(this, farewell_time, stop_atom::value);
+        return;
+      }
+      parts_ = outcome.parts;
+      start_actors();
+      take_view();
+      report(proto::RUNNING, nullptr);
+    },
+    [this](stop_atom) { quit(); },
+  };
+}
+
+} // namespace troupe::actors

@@ -1,0 +1,68 @@
+#pragma once
+
+#include "troupe/actors/local_messages.hpp"
+#include "troupe/actors/stage.hpp"
+#include "troupe/actors/worker_parts.hpp"
+#include "troupe/messages/serving_protocol.hpp"
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+namespace troupe::actors {
+
+/// What loading ended in: one of the two.
+struct load_outcome {
+  std::shared_ptr<worker_parts> parts;
+  std::shared_ptr<const error> failure;
+};
+
+} // namespace troupe::actors
+
+CAF_ALLOW_UNSAFE_MESSAGE_TYPE(troupe::actors::load_outcome)
+
+namespace troupe::actors {
+
+/// Who a worker process is and whom it belongs to.
+struct worker_options {
+  std::string name;
+  std::uint64_t incarnation = 0;
+  std::string node_host;
+  std::uint16_t node_port = 0;
+};
+
+using worker_local =
+  messages::worker_actor::extend<caf::reacts_to<start_atom, std::uint16_t>,
+                                 caf::reacts_to<load_outcome>, caf::reacts_to<stop_atom>>;
+
+/// The root of a worker process: asks its node what to be, loads that, spawns stages and expert
+/// groups and tells them of every view. Ends, and the process with it, when an actor of its dies:
+/// a worker is replaced as a whole. When the node dies, the kernel ends the process.
+class worker : public worker_local::base {
+public:
+  /// `exit_code` is what the process is to return; set before the actor ends.
+  worker(caf::actor_config& config, worker_options options,
+         std::shared_ptr<std::atomic<int>> exit_code);
+
+  behavior_type make_behavior() override;
+
+private:
+  void dial_node();
+  void start_actors();
+  void take_view();
+  void report(proto::ProcessState state, const error* why);
+
+  worker_options options_;
+  std::shared_ptr<std::atomic<int>> exit_code_;
+  std::uint16_t port_ = 0;
+  messages::node_supervisor_actor node_;
+  proto::WorkerAssignment assignment_;
+  std::shared_ptr<worker_parts> parts_;
+  std::map<std::pair<std::uint32_t, std::uint32_t>, stage_local> stages_;
+  messages::cluster_view view_;
+};
+
+} // namespace troupe::actors

@@ -1,0 +1,438 @@
+#include "troupe/kernels/cpu/cpu_ops.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "troupe/kernels/cpu/router.hpp"
+
+namespace troupe::kernels {
+
+std::size_t size_of(element_type type) {
+  switch (type) {
+  case element_type::f32: return 4;
+  case element_type::bf16:
+  case element_type::f16: return 2;
+  case element_type::f8_e4m3: return 1;
+  }
+  return 0;
+}
+
+std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads) {
+  return std::make_unique<cpu::cpu_ops>(cpu::choose_kernels(), num_threads);
+}
+
+namespace cpu {
+
+namespace {
+
+/// Products (or elements) worth waking another thread for: some 5 us of work.
+constexpr std::int64_t kWorkOfChunk = 1 << 16;
+
+/// Chunks a thread, so that one that comes late has not much to catch up on.
+constexpr std::int32_t kChunksPerThread = 4;
+
+float* row_of(const rows_view& rows, std::int32_t row) {
+  return static_cast<float*>(rows.data) + std::int64_t{row} * rows.stride;
+}
+
+/// Where the key of a position lies in the pages of its layer.
+float* key_of(const kv_layer_view& kv, const std::int32_t* table, std::int32_t position) {
+  const std::int64_t page = table[position / kv.page_tokens];
+  assert(page >= 0 && page < kv.num_pages);
+  return static_cast<float*>(kv.data)
+         + (page * kv.page_tokens + position % kv.page_tokens)
+             * (std::int64_t{kv.latent_dim} + kv.rope_dim);
+}
+
+const std::int32_t* table_of(const batch_view& batch, std::int32_t row) {
+  return batch.block_tables.data() + batch.block_table_offsets[batch.sequences[row]];
+}
+
+} // namespace
+
+cpu_ops::cpu_ops(const kernel_table& kernels, std::int32_t num_threads)
+  : kernels_(kernels), pool_(std::max(num_threads, 1)), memory_(pool_.size()) {
+  description_ = std::string("cpu (") + kernels_.name + ", " + std::to_string(pool_.size())
+                 + (pool_.size() == 1 ? " thread)" : " threads)");
+}
+
+std::shared_ptr<void> cpu_ops::allocate(std::size_t bytes) {
+  void* memory = std::aligned_alloc(64, std::max<std::size_t>((bytes + 63) / 64, 1) * 64);
+  if (memory == nullptr) {
+    return nullptr;
+  }
+  std::memset(memory, 0, bytes);
+  return {memory, std::free};
+}
+
+void cpu_ops::copy_to_host(const rows_view& from, void* to) {
+  const auto bytes = static_cast<std::size_t>(from.num_cols) * 4;
+  for (std::int32_t m = 0; m < from.num_rows; ++m) {
+    std::memcpy(static_cast<char*>(to) + m * bytes, row_of(from, m), bytes);
+  }
+}
+
+void cpu_ops::copy_from_host(const void* from, const rows_view& to) {
+  const auto bytes = static_cast<std::size_t>(to.num_cols) * 4;
+  for (std::int32_t m = 0; m < to.num_rows; ++m) {
+    std::memcpy(row_of(to, m), static_cast<const char*>(from) + m * bytes, bytes);
+  }
+}
+
+std::int32_t cpu_ops::num_chunks(std::int64_t work, std::int32_t most) const {
+  if (pool_.size() == 1) {
+    return 1;
+  }
+  const std::int64_t wanted =
+    std::min<std::int64_t>(work / kWorkOfChunk, std::int64_t{pool_.size()} * kChunksPerThread);
+  return static_cast<std::int32_t>(std::clamp<std::int64_t>(wanted, 1, std::max(most, 1)));
+}
+
+/// Calls work(row, thread) for all rows.
+template <class Work>
+void cpu_ops::for_rows(std::int32_t num_rows, std::int64_t work_a_row, Work&& work) {
+  const std::int64_t chunks = num_chunks(num_rows * work_a_row, num_rows);
+  pool_.run(static_cast<std::int32_t>(chunks), [&](std::int32_t chunk, std::int32_t thread) {
+    const auto last = static_cast<std::int32_t>(num_rows * (chunk + 1) / chunks);
+    for (auto m = static_cast<std::int32_t>(num_rows * chunk / chunks); m < last; ++m) {
+      work(m, thread);
+    }
+  });
+}
+
+float* cpu_ops::linear_scratch(std::int32_t thread) {
+  return memory_[thread].linear.take(kLinearScratch);
+}
+
+void cpu_ops::embed(const weight_matrix& table, std::span<const std::int32_t> ids,
+                    const rows_view& out) {
+  const auto num_rows = static_cast<std::int32_t>(ids.size());
+  assert(out.num_cols == table.num_cols && out.num_rows >= num_rows);
+  for_rows(num_rows, table.num_cols, [&](std::int32_t m, std::int32_t) {
+    assert(ids[m] >= 0 && ids[m] < table.num_rows);
+    kernels_.expand_row(table, ids[m], row_of(out, m));
+  });
+}
+
+void cpu_ops::rms_norm(const rows_view& x, const float* weight, float epsilon,
+                       const rows_view& out) {
+  for_rows(x.num_rows, 2 * std::int64_t{x.num_cols}, [&](std::int32_t m, std::int32_t) {
+    kernels_.rms_norm(row_of(x, m), weight, epsilon, x.num_cols, row_of(out, m));
+  });
+}
+
+cpu_ops::readable_rows cpu_ops::make_readable(const rows_view& x, std::int32_t num_cols) {
+  if (num_cols % kNumLanes == 0) {
+    return {static_cast<const float*>(x.data), x.stride};
+  }
+  const std::int64_t stride = padded(num_cols);
+  float* copy = padded_input_.take(x.num_rows * stride);
+  for (std::int32_t m = 0; m < x.num_rows; ++m) {
+    float* row = copy + m * stride;
+    std::copy_n(row_of(x, m), num_cols, row);
+    std::fill(row + num_cols, row + stride, 0.0F);
+  }
+  return {copy, stride};
+}
+
+void cpu_ops::multiply(const linear_args& args) {
+  const std::int32_t num_panels = (args.w.num_rows + kPanelColumns - 1) / kPanelColumns;
+  const std::int64_t work = std::int64_t{args.num_rows} * args.w.num_rows * args.w.num_cols;
+  const std::int64_t chunks = num_chunks(work, num_panels);
+  pool_.run(static_cast<std::int32_t>(chunks), [&](std::int32_t chunk, std::int32_t thread) {
+    const auto first = static_cast<std::int32_t>(num_panels * chunk / chunks * kPanelColumns);
+    const auto last = static_cast<std::int32_t>(num_panels * (chunk + 1) / chunks * kPanelColumns);
+    kernels_.linear(args, first, std::min(last, args.w.num_rows), linear_scratch(thread));
+  });
+}
+
+void cpu_ops::linear(const rows_view& x, const weight_matrix& w, const rows_view& out) {
+  assert(x.num_cols == w.num_cols && out.num_cols == w.num_rows && out.num_rows == x.num_rows);
+  const readable_rows input = make_readable(x, w.num_cols);
+  multiply({.x = input.data,
+            .x_stride = input.stride,
+            .rows = nullptr,
+            .num_rows = x.num_rows,
+            .w = w,
+            .out = static_cast<float*>(out.data),
+            .out_stride = out.stride});
+}
+
+void cpu_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride, const float* w,
+                              std::int32_t num_heads, std::int32_t in_dim, std::int32_t out_dim,
+                              const rows_view& out, std::int32_t out_head_stride) {
+  const std::int64_t depth = padded(in_dim);
+  const bool copied = in_dim % kNumLanes != 0;
+  if (copied) {
+    float* copy = padded_input_.take(std::int64_t{x.num_rows} * num_heads * depth);
+    for (std::int32_t m = 0; m < x.num_rows; ++m) {
+      for (std::int32_t h = 0; h < num_heads; ++h) {
+        float* row = copy + (std::int64_t{m} * num_heads + h) * depth;
+        std::copy_n(row_of(x, m) + std::int64_t{h} * x_head_stride, in_dim, row);
+        std::fill(row + in_dim, row + depth, 0.0F);
+      }
+    }
+  }
+  const float* input = copied ? padded_input_.take(0) : static_cast<const float*>(x.data);
+  const std::int64_t work = std::int64_t{x.num_rows} * num_heads * in_dim * out_dim;
+  const std::int64_t chunks = num_chunks(work, num_heads);
+  pool_.run(static_cast<std::int32_t>(chunks), [&](std::int32_t chunk, std::int32_t thread) {
+    const auto last = static_cast<std::int32_t>(num_heads * (chunk + 1) / chunks);
+    for (auto h = static_cast<std::int32_t>(num_heads * chunk / chunks); h < last; ++h) {
+      linear_args args;
+      args.x = input + h * (copied ? depth : x_head_stride);
+      args.x_stride = copied ? num_heads * depth : x.stride;
+      args.num_rows = x.num_rows;
+      args.w.data = w + std::int64_t{h} * in_dim * out_dim;
+      args.w.num_rows = out_dim;
+      args.w.num_cols = in_dim;
+      args.out = static_cast<float*>(out.data) + std::int64_t{h} * out_head_stride;
+      args.out_stride = out.stride;
+      kernels_.linear(args, 0, out_dim, linear_scratch(thread));
+    }
+  });
+}
+
+void cpu_ops::rope(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+                   std::int32_t offset, std::int32_t rope_dim,
+                   std::span<const std::int32_t> positions, const float* inv_freq,
+                   float magnitude) {
+  // Sines cost some twenty products each.
+  const std::int64_t work = std::int64_t{rope_dim} * (num_heads + 20);
+  for_rows(x.num_rows, work, [&](std::int32_t m, std::int32_t) {
+    float* row = row_of(x, m) + offset;
+    for (std::int32_t i = 0; i < rope_dim / 2; ++i) {
+      const float angle = static_cast<float>(positions[m]) * inv_freq[i];
+      const float cosine = static_cast<float>(std::cos(static_cast<double>(angle))) * magnitude;
+      const float sine = static_cast<float>(std::sin(static_cast<double>(angle))) * magnitude;
+      for (std::int32_t h = 0; h < num_heads; ++h) {
+        float* pair = row + std::int64_t{h} * head_stride + 2 * i;
+        const float even = pair[0];
+        const float odd = pair[1];
+        pair[0] = even * cosine - odd * sine;
+        pair[1] = even * sine + odd * cosine;
+      }
+    }
+  });
+}
+
+void cpu_ops::append_kv(const rows_view& latent, const rows_view& rope_key, const batch_view& batch,
+                        const kv_layer_view& kv) {
+  for (std::int32_t m = 0; m < latent.num_rows; ++m) {
+    float* key = key_of(kv, table_of(batch, m), batch.positions[m]);
+    std::copy_n(row_of(latent, m), kv.latent_dim, key);
+    std::copy_n(row_of(rope_key, m), kv.rope_dim, key + kv.latent_dim);
+  }
+}
+
+void cpu_ops::latent_attention(const rows_view& q_latent, const rows_view& q_rope,
+                               std::int32_t q_rope_head_stride, std::int32_t num_heads, float scale,
+                               const batch_view& batch, const kv_layer_view& kv,
+                               const rows_view& out) {
+  std::int64_t work = 0;
+  for (std::int32_t m = 0; m < q_latent.num_rows; ++m) {
+    work += std::int64_t{batch.positions[m] + 1} * num_heads * (2 * kv.latent_dim + kv.rope_dim);
+  }
+  // Heads that share a pass over the keys: as many as fit, but enough groups for all threads.
+  const std::int32_t chunks = num_chunks(work, q_latent.num_rows * num_heads);
+  std::int32_t group = kMaxAttentionHeads;
+  while (group > 4 && q_latent.num_rows * ((num_heads + group - 1) / group) < chunks) {
+    group /= 2;
+  }
+  const std::int32_t num_groups = (num_heads + group - 1) / group;
+  const std::int32_t num_tasks = q_latent.num_rows * num_groups;
+  const auto work_on = [&](std::int32_t task, std::int32_t thread) {
+    const std::int32_t m = task / num_groups;
+    const std::int32_t first = task % num_groups * group;
+    const std::int32_t last = std::min(num_heads, first + group);
+    attention_args args;
+    args.q_latent = row_of(q_latent, m);
+    args.q_rope = row_of(q_rope, m);
+    args.q_rope_head_stride = q_rope_head_stride;
+    args.scale = scale;
+    args.pages = static_cast<const float*>(kv.data);
+    args.table = table_of(batch, m);
+    args.page_tokens = kv.page_tokens;
+    args.latent_dim = kv.latent_dim;
+    args.rope_dim = kv.rope_dim;
+    args.length = batch.positions[m] + 1;
+    args.out = row_of(out, m);
+    float* memory = memory_[thread].attention.take(
+      attention_scratch(group, kv.latent_dim, kv.rope_dim, args.length));
+    kernels_.attention(args, first, last, memory);
+  };
+  if (chunks == 1) {
+    for (std::int32_t task = 0; task < num_tasks; ++task) {
+      work_on(task, 0);
+    }
+  } else {
+    pool_.run(num_tasks, work_on);
+  }
+}
+
+void cpu_ops::swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) {
+  for_rows(gate.num_rows, 8 * std::int64_t{gate.num_cols}, [&](std::int32_t m, std::int32_t) {
+    kernels_.swiglu(row_of(gate, m), row_of(up, m), gate.num_cols, row_of(out, m));
+  });
+}
+
+void cpu_ops::add(const rows_view& x, const rows_view& delta) {
+  for_rows(x.num_rows, x.num_cols, [&](std::int32_t m, std::int32_t) {
+    kernels_.add(row_of(x, m), row_of(delta, m), x.num_cols);
+  });
+}
+
+void cpu_ops::route(const rows_view& x, const weight_matrix& w, const float* bias,
+                    const router_params& params, std::span<std::int32_t> experts,
+                    std::span<float> weights) {
+  assert(w.num_rows == params.num_experts);
+  assert(experts.size() >= static_cast<std::size_t>(x.num_rows) * params.top_k);
+  rows_view logits;
+  logits.data = logits_.take(std::int64_t{x.num_rows} * w.num_rows);
+  logits.num_rows = x.num_rows;
+  logits.num_cols = w.num_rows;
+  logits.stride = w.num_rows;
+  linear(x, w, logits);
+  const std::int64_t work = std::int64_t{w.num_rows} * (params.top_k + 8);
+  for_rows(x.num_rows, work, [&](std::int32_t m, std::int32_t thread) {
+    float* scores = row_of(logits, m);
+    kernels_.sigmoid(scores, w.num_rows, scores);
+    const std::size_t at = static_cast<std::size_t>(m) * params.top_k;
+    choose_experts(scores, bias, params,
+                   memory_[thread].router.take(w.num_rows + params.num_groups), experts.data() + at,
+                   weights.data() + at);
+  });
+}
+
+void cpu_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
+                      std::span<const expert_weights> experts, const rows_view& out) {
+  const auto num_tasks = static_cast<std::int32_t>(tasks.size());
+  if (num_tasks == 0) {
+    return;
+  }
+  std::int32_t* task_rows = task_rows_.take(num_tasks);
+  expert_run* runs = runs_.take(num_tasks);
+  std::int32_t num_runs = 0;
+  std::int32_t widest = 0;
+  for (std::int32_t t = 0; t < num_tasks; ++t) {
+    task_rows[t] = tasks[t].row;
+    if (num_runs == 0 || runs[num_runs - 1].expert != tasks[t].expert) {
+      runs[num_runs++] = {tasks[t].expert, t, 0};
+      widest = std::max(widest, experts[tasks[t].expert].gate.num_rows);
+    }
+    ++runs[num_runs - 1].count;
+  }
+  const readable_rows input = make_readable(x, x.num_cols);
+  const std::int64_t stride = padded(widest);
+  float* gates = gates_.take(num_tasks * stride);
+  float* ups = ups_.take(num_tasks * stride);
+
+  // Every run is cut into the same number of column ranges, wide enough to be worth a chunk.
+  const auto for_columns = [&](std::int32_t num_columns, std::int64_t work_a_task, auto&& work) {
+    const std::int32_t num_panels = (num_columns + kPanelColumns - 1) / kPanelColumns;
+    const std::int32_t chunks = num_chunks(num_tasks * work_a_task, num_runs * num_panels);
+    const std::int32_t cuts = std::min(num_panels, (chunks + num_runs - 1) / num_runs);
+    const auto do_cut = [&](std::int32_t item, std::int32_t thread) {
+      const expert_run& run = runs[item / cuts];
+      const std::int64_t cut = item % cuts;
+      work(run, static_cast<std::int32_t>(num_panels * cut / cuts * kPanelColumns),
+           static_cast<std::int32_t>(num_panels * (cut + 1) / cuts * kPanelColumns),
+           linear_scratch(thread));
+    };
+    if (chunks == 1) {
+      for (std::int32_t item = 0; item < num_runs * cuts; ++item) {
+        do_cut(item, 0);
+      }
+    } else {
+      pool_.run(num_runs * cuts, do_cut);
+    }
+  };
+
+  for_columns(widest, 2 * std::int64_t{widest} * x.num_cols,
+              [&](const expert_run& run, std::int32_t first, std::int32_t last, float* memory) {
+                const expert_weights& expert = experts[run.expert];
+                const std::int32_t width = expert.gate.num_rows;
+                last = std::min(last, width);
+                if (first >= last) {
+                  return;
+                }
+                linear_args args;
+                args.x = input.data;
+                args.x_stride = input.stride;
+                args.rows = task_rows + run.first;
+                args.num_rows = run.count;
+                args.out_stride = stride;
+                args.w = expert.gate;
+                args.out = gates + run.first * stride;
+                kernels_.linear(args, first, last, memory);
+                args.w = expert.up;
+                args.out = ups + run.first * stride;
+                kernels_.linear(args, first, last, memory);
+                for (std::int32_t t = run.first; t < run.first + run.count; ++t) {
+                  float* gate = gates + t * stride;
+                  kernels_.swiglu(gate + first, ups + t * stride + first, last - first,
+                                  gate + first);
+                  if (last == width) {
+                    std::fill(gate + width, gate + padded(width), 0.0F);
+                  }
+                }
+              });
+  for_columns(out.num_cols, std::int64_t{widest} * out.num_cols,
+              [&](const expert_run& run, std::int32_t first, std::int32_t last, float* memory) {
+                linear_args args;
+                args.x = gates + run.first * stride;
+                args.x_stride = stride;
+                args.num_rows = run.count;
+                args.w = experts[run.expert].down;
+                args.out = row_of(out, run.first);
+                args.out_stride = out.stride;
+                kernels_.linear(args, first, std::min(last, args.w.num_rows), memory);
+              });
+}
+
+void cpu_ops::combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
+                      std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
+                      const rows_view& out) {
+  const std::int64_t work = std::int64_t{out.num_cols} * (top_k + 2);
+  for_rows(out.num_rows, work, [&](std::int32_t m, std::int32_t) {
+    const std::size_t at = static_cast<std::size_t>(m) * top_k;
+    kernels_.combine(static_cast<const float*>(expert_out.data), expert_out.stride,
+                     expert_rows.data() + at, weights.data() + at, top_k,
+                     shared.data == nullptr ? nullptr : row_of(shared, m), out.num_cols,
+                     row_of(out, m));
+  });
+}
+
+void cpu_ops::sample(const rows_view& logits, std::span<const sampling_params> params,
+                     std::span<sampled_token> out) {
+  for_rows(
+    logits.num_rows, 8 * std::int64_t{logits.num_cols}, [&](std::int32_t m, std::int32_t thread) {
+      out[m] = memory_[thread].tokens.draw(kernels_, row_of(logits, m), logits.num_cols, params[m]);
+    });
+}
+
+bool cpu_ops::all_finite(const rows_view& x) {
+  std::atomic<bool> finite = true;
+  for_rows(x.num_rows, x.num_cols, [&](std::int32_t m, std::int32_t) {
+    const float* row = row_of(x, m);
+    // The exponent of infinity and NaN is all ones; adding one to it reaches the sign.
+    std::uint32_t reached = 0;
+    for (std::int32_t k = 0; k < x.num_cols; ++k) {
+      std::uint32_t bits;
+      std::memcpy(&bits, row + k, 4);
+      reached |= (bits & 0x7F800000U) + 0x00800000U;
+    }
+    if ((reached & 0x80000000U) != 0) {
+      finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  return finite.load(std::memory_order_relaxed);
+}
+
+} // namespace cpu
+
+} // namespace troupe::kernels

@@ -1,0 +1,101 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "troupe/kernels/cpu/kernel_table.hpp"
+#include "troupe/kernels/cpu/sampler.hpp"
+#include "troupe/kernels/cpu/scratch.hpp"
+#include "troupe/kernels/cpu/thread_pool.hpp"
+#include "troupe/kernels/ops.hpp"
+
+namespace troupe::kernels::cpu {
+
+/// The operation list on the CPU: splits each operation into chunks of rows or columns
+/// for the threads and leaves the arithmetic to a `kernel_table`. Used by one
+/// thread at a time; memory is kept between calls.
+class cpu_ops final : public ops {
+public:
+  cpu_ops(const kernel_table& kernels, std::int32_t num_threads);
+
+  const char* description() const override { return description_.c_str(); }
+  element_type activation_type() const override { return element_type::f32; }
+  std::shared_ptr<void> allocate(std::size_t bytes) override;
+  weight_matrix place(const weight_matrix& weight) override { return weight; }
+  void copy_to_host(const rows_view& from, void* to) override;
+  void copy_from_host(const void* from, const rows_view& to) override;
+
+  void embed(const weight_matrix& table, std::span<const std::int32_t> ids,
+             const rows_view& out) override;
+  void rms_norm(const rows_view& x, const float* weight, float epsilon,
+                const rows_view& out) override;
+  void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
+  void linear_per_head(const rows_view& x, std::int32_t x_head_stride, const float* w,
+                       std::int32_t num_heads, std::int32_t in_dim, std::int32_t out_dim,
+                       const rows_view& out, std::int32_t out_head_stride) override;
+  void rope(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+            std::int32_t offset, std::int32_t rope_dim, std::span<const std::int32_t> positions,
+            const float* inv_freq, float magnitude) override;
+  void append_kv(const rows_view& latent, const rows_view& rope_key, const batch_view& batch,
+                 const kv_layer_view& kv) override;
+  void latent_attention(const rows_view& q_latent, const rows_view& q_rope,
+                        std::int32_t q_rope_head_stride, std::int32_t num_heads, float scale,
+                        const batch_view& batch, const kv_layer_view& kv,
+                        const rows_view& out) override;
+  void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
+  void add(const rows_view& x, const rows_view& delta) override;
+  void route(const rows_view& x, const weight_matrix& w, const float* bias,
+             const router_params& params, std::span<std::int32_t> experts,
+             std::span<float> weights) override;
+  void experts(const rows_view& x, std::span<const expert_task> tasks,
+               std::span<const expert_weights> experts, const rows_view& out) override;
+  void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
+               std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
+               const rows_view& out) override;
+  void sample(const rows_view& logits, std::span<const sampling_params> params,
+              std::span<sampled_token> out) override;
+  bool all_finite(const rows_view& x) override;
+
+private:
+  /// Memory that belongs to one thread of the pool.
+  struct thread_memory {
+    scratch<float> linear;
+    scratch<float> attention;
+    scratch<float> router;
+    sampler tokens;
+  };
+
+  /// Neighbouring tasks of one expert.
+  struct expert_run {
+    std::int32_t expert;
+    std::int32_t first;
+    std::int32_t count;
+  };
+
+  /// Rows whose ends can be read up to a whole vector: x itself where its width allows.
+  struct readable_rows {
+    const float* data;
+    std::int64_t stride;
+  };
+
+  readable_rows make_readable(const rows_view& x, std::int32_t num_cols);
+  void multiply(const linear_args& args);
+  template <class Work>
+  void for_rows(std::int32_t num_rows, std::int64_t work_a_row, Work&& work);
+  std::int32_t num_chunks(std::int64_t work, std::int32_t most) const;
+  float* linear_scratch(std::int32_t thread);
+
+  const kernel_table& kernels_;
+  std::string description_;
+  thread_pool pool_;
+  std::vector<thread_memory> memory_; // [threads]
+  scratch<float> padded_input_;
+  scratch<float> logits_;
+  scratch<float> gates_;
+  scratch<float> ups_;
+  scratch<std::int32_t> task_rows_;
+  scratch<expert_run> runs_;
+};
+
+} // namespace troupe::kernels::cpu

@@ -1,0 +1,25 @@
+#pragma once
+
+// The table of one instruction set (see simd.hpp).
+
+#include "troupe/kernels/cpu/attention.hpp"
+#include "troupe/kernels/cpu/linear.hpp"
+#include "troupe/kernels/cpu/rows.hpp"
+
+namespace troupe::kernels::cpu::TROUPE_ISA {
+
+constexpr kernel_table make_table(const char* name) {
+  return {.name = name,
+          .linear = linear,
+          .attention = attention,
+          .expand_row = expand_row,
+          .rms_norm = rms_norm,
+          .swiglu = swiglu,
+          .sigmoid = sigmoid,
+          .add = add,
+          .combine = combine,
+          .max = max,
+          .exp_sum = exp_sum};
+}
+
+} // namespace troupe::kernels::cpu::TROUPE_ISA

@@ -1,0 +1,102 @@
+#include "troupe/kernels/cpu/thread_pool.hpp"
+
+#include <cassert>
+#include <chrono>
+
+namespace troupe::kernels::cpu {
+
+namespace {
+
+constexpr int kChunkBits = 20;
+constexpr std::uint64_t kChunkMask = (std::uint64_t{1} << kChunkBits) - 1;
+constexpr auto kSpinTime = std::chrono::microseconds(50);
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+/// Spins until `done` holds or the spinning time is over; returns what `done` said last.
+template <class Condition>
+bool spin(Condition&& done) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) {
+        return true;
+      }
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+} // namespace
+
+thread_pool::thread_pool(std::int32_t num_threads) {
+  for (std::int32_t thread = 1; thread < num_threads; ++thread) {
+    workers_.emplace_back([this, thread] { serve(thread); });
+  }
+}
+
+thread_pool::~thread_pool() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) {
+    worker.join();
+  }
+}
+
+void thread_pool::share(std::int32_t num_chunks, function work, void* context) {
+  assert(static_cast<std::uint64_t>(num_chunks) <= kChunkMask);
+  unfinished_.store(num_chunks, std::memory_order_relaxed);
+  work_.store(work, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  const std::uint64_t job = (ticket_.load(std::memory_order_relaxed) >> kChunkBits) + 1;
+  // Sequentially consistent, like the worker's counting itself as asleep and looking again:
+  // one of the two sees the other.
+  ticket_.store(job << kChunkBits | static_cast<std::uint64_t>(num_chunks));
+  if (sleepers_.load() > 0) {
+    const std::lock_guard lock(mutex_);
+    wake_.notify_all();
+  }
+  take_chunks(0);
+  const auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
+  while (!spin(finished)) {
+    std::this_thread::yield();
+  }
+}
+
+void thread_pool::take_chunks(std::int32_t thread) {
+  std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  while ((ticket & kChunkMask) != 0) {
+    const function work = work_.load(std::memory_order_relaxed);
+    void* context = context_.load(std::memory_order_relaxed);
+    if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel,
+                                      std::memory_order_acquire)) {
+      work(context, static_cast<std::int32_t>((ticket & kChunkMask) - 1), thread);
+      unfinished_.fetch_sub(1, std::memory_order_acq_rel);
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
+  }
+}
+
+void thread_pool::serve(std::int32_t thread) {
+  const auto has_work = [this] { return (ticket_.load() & kChunkMask) != 0 || stopping_.load(); };
+  while (!stopping_.load(std::memory_order_relaxed)) {
+    take_chunks(thread);
+    if (spin(has_work)) {
+      continue;
+    }
+    std::unique_lock lock(mutex_);
+    ++sleepers_;
+    wake_.wait(lock, has_work);
+    --sleepers_;
+  }
+}
+
+} // namespace troupe::kernels::cpu

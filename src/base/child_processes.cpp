@@ -1,0 +1,312 @@
+#include "troupe/base/child_processes.hpp"
+
+#include "troupe/base/unique_fd.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <future>
+#include <mutex>
+#include <thread>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+extern char** environ;
+
+namespace troupe {
+
+namespace {
+
+/// Everything that the child needs between fork and exec, prepared beforehand, since
+/// only async-signal-safe calls are allowed there.
+struct launch {
+  std::string program = "/proc/self/exe";
+  std::vector<std::string> argument_storage;
+  std::vector<std::string> environment_storage;
+  std::vector<char*> argv;
+  std::vector<char*> envp;
+  std::vector<int> inherited_fds;
+  int log_fd = -1;
+  int failure_fd = -1;
+  pid_t parent = 0;
+};
+
+std::vector<char*> pointers(std::vector<std::string>& strings) {
+  std::vector<char*> result;
+  for (auto& s : strings)
+    result.push_back(s.data());
+  result.push_back(nullptr);
+  return result;
+}
+
+[[noreturn]] void run_child(const launch& l) {
+  auto give_up = [&l] {
+    int code = errno;
+    // The parent reads the reason; if even this write fails, the exit code still tells.
+    [[maybe_unused]] auto written = ::write(l.failure_fd, &code, sizeof(code));
+    ::_exit(127);
+  };
+  if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0)
+    give_up();
+  // The parent may have died before the line above took effect.
+  if (::getppid() != l.parent)
+    ::_exit(127);
+  sigset_t none;
+  ::sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  for (int number : {SIGPIPE, SIGINT, SIGTERM, SIGHUP, SIGCHLD})
+    ::signal(number, SIG_DFL);
+  // Ctrl-C in a terminal goes to the whole foreground group; the children are stopped in order by
+  // their parents instead.
+  ::setpgid(0, 0);
+  if (l.log_fd >= 0) {
+    ::dup2(l.log_fd, STDOUT_FILENO);
+    ::dup2(l.log_fd, STDERR_FILENO);
+  }
+  ::syscall(SYS_close_range, 3U, ~0U, 1U << 2 /* CLOSE_RANGE_CLOEXEC */);
+  for (int fd : l.inherited_fds)
+    ::fcntl(fd, F_SETFD, 0);
+  ::execve(l.program.c_str(), l.argv.data(), l.envp.data());
+  give_up();
+  ::_exit(127);
+}
+
+int open_pidfd(pid_t pid) {
+  return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
+}
+
+} // namespace
+
+std::string child_exit::text() const {
+  return signalled ? fmt::format("killed by signal {}", status)
+                   : fmt::format("exited with code {}", status);
+}
+
+struct child_processes::state {
+  struct child {
+    std::string name;
+    pid_t pid = 0;
+    unique_fd pidfd;
+    bool reported = true;
+  };
+
+  exit_callback on_exit;
+  unique_fd wake_fd;
+  std::mutex mutex; // guards commands and stopping
+  std::vector<std::function<void()>> commands;
+  bool stopping = false;
+  std::vector<child> children; // of the watching thread only
+  std::thread thread;
+
+  void wake() {
+    std::uint64_t one = 1;
+    [[maybe_unused]] auto written = ::write(wake_fd.get(), &one, sizeof(one));
+  }
+
+  void post(std::function<void()> command) {
+    {
+      std::lock_guard lock(mutex);
+      commands.push_back(std::move(command));
+    }
+    wake();
+  }
+
+  /// Runs a function on the watching thread and waits for its result.
+  template <class F>
+  auto call(F f) -> decltype(f()) {
+    std::promise<decltype(f())> promise;
+    auto future = promise.get_future();
+    post([&] { promise.set_value(f()); });
+    return future.get();
+  }
+
+  expected<pid_t> spawn(child_spec spec) {
+    launch l;
+    l.parent = ::getpid();
+    if (!spec.program.empty())
+      l.program = spec.program;
+    l.argument_storage.push_back(spec.program.empty() ? "troupe" : spec.program);
+    l.argument_storage.insert(l.argument_storage.end(), spec.arguments.begin(),
+                              spec.arguments.end());
+    for (char** entry = environ; *entry != nullptr; ++entry)
+      l.environment_storage.emplace_back(*entry);
+    for (const auto& [key, value] : spec.environment) {
+      std::erase_if(l.environment_storage,
+                    [&](const std::string& e) { return e.starts_with(key + "="); });
+      l.environment_storage.push_back(key + "=" + value);
+    }
+    l.argv = pointers(l.argument_storage);
+    l.envp = pointers(l.environment_storage);
+    l.inherited_fds = spec.inherited_fds;
+
+    unique_fd log;
+    if (!spec.log_path.empty()) {
+      log =
+        unique_fd(::open(spec.log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
+      if (!log)
+        return fail(error_code::io_failed,
+                    fmt::format("cannot open the log {}: {}", spec.log_path, std::strerror(errno)));
+      l.log_fd = log.get();
+    }
+    int ends[2];
+    if (::pipe2(ends, O_CLOEXEC) != 0)
+      return fail(error_code::resource_exhausted, fmt::format("pipe: {}", std::strerror(errno)));
+    unique_fd read_end(ends[0]);
+    unique_fd write_end(ends[1]);
+    l.failure_fd = write_end.get();
+
+    pid_t pid = ::fork();
+    if (pid < 0)
+      return fail(error_code::resource_exhausted,
+                  fmt::format("cannot start {}: fork: {}", spec.name, std::strerror(errno)));
+    if (pid == 0)
+      run_child(l);
+    write_end.reset();
+    int code = 0;
+    // Ends with end-of-file as soon as exec succeeded.
+    if (::read(read_end.get(), &code, sizeof(code)) > 0) {
+      ::waitpid(pid, nullptr, 0);
+      return fail(error_code::io_failed,
+                  fmt::format("cannot start {}: exec: {}", spec.name, std::strerror(code)));
+    }
+    unique_fd pidfd(open_pidfd(pid));
+    if (!pidfd) {
+      auto reason = std::strerror(errno);
+      ::kill(pid, SIGKILL);
+      ::waitpid(pid, nullptr, 0);
+      return fail(error_code::resource_exhausted,
+                  fmt::format("pidfd of {}: {}", spec.name, reason));
+    }
+    children.push_back({spec.name, pid, std::move(pidfd), true});
+    return pid;
+  }
+
+  void reap(std::size_t index) {
+    child c = std::move(children[index]);
+    children.erase(children.begin() + static_cast<std::ptrdiff_t>(index));
+    child_exit e;
+    e.name = c.name;
+    e.pid = c.pid;
+    e.detected = std::chrono::steady_clock::now();
+    int status = 0;
+    ::waitpid(c.pid, &status, 0);
+    e.signalled = WIFSIGNALED(status);
+    e.status = e.signalled ? WTERMSIG(status) : WEXITSTATUS(status);
+    if (c.reported)
+      on_exit(e);
+  }
+
+  /// Waits for exits and commands, `timeout_ms` at most.
+  void poll_once(int timeout_ms) {
+    std::vector<pollfd> fds;
+    fds.push_back({wake_fd.get(), POLLIN, 0});
+    for (const auto& c : children)
+      fds.push_back({c.pidfd.get(), POLLIN, 0});
+    if (::poll(fds.data(), fds.size(), timeout_ms) <= 0)
+      return;
+    for (std::size_t i = fds.size(); i-- > 1;)
+      if (fds[i].revents != 0)
+        reap(i - 1);
+    if (fds[0].revents != 0) {
+      std::uint64_t count = 0;
+      [[maybe_unused]] auto got = ::read(wake_fd.get(), &count, sizeof(count));
+    }
+  }
+
+  void run_commands() {
+    std::vector<std::function<void()>> now;
+    {
+      std::lock_guard lock(mutex);
+      now.swap(commands);
+    }
+    for (auto& command : now)
+      command();
+  }
+
+  void stop_children(std::chrono::milliseconds grace) {
+    for (auto& c : children)
+      c.reported = false;
+    auto deadline = std::chrono::steady_clock::now() + grace;
+    while (!children.empty()) {
+      pid_t last = children.back().pid;
+      ::kill(last, std::chrono::steady_clock::now() < deadline ? SIGTERM : SIGKILL);
+      ::kill(last, SIGCONT); // a stopped process would not see SIGTERM
+      while (!children.empty() && children.back().pid == last) {
+        auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+          deadline - std::chrono::steady_clock::now());
+        if (left.count() <= 0)
+          ::kill(last, SIGKILL);
+        poll_once(static_cast<int>(std::clamp<long>(left.count(), 1, 50)));
+      }
+    }
+  }
+
+  void run() {
+    for (;;) {
+      run_commands();
+      {
+        std::lock_guard lock(mutex);
+        if (stopping)
+          break;
+        if (!commands.empty())
+          continue;
+      }
+      poll_once(-1);
+    }
+    stop_children(std::chrono::seconds(2));
+  }
+};
+
+child_processes::child_processes(std::unique_ptr<state> s) : state_(std::move(s)) {
+  state_->thread = std::thread([s = state_.get()] { s->run(); });
+}
+
+expected<std::unique_ptr<child_processes>> child_processes::start(exit_callback on_exit) {
+  auto s = std::make_unique<state>();
+  s->on_exit = std::move(on_exit);
+  s->wake_fd = unique_fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!s->wake_fd)
+    return fail(error_code::resource_exhausted, fmt::format("eventfd: {}", std::strerror(errno)));
+  return std::unique_ptr<child_processes>(new child_processes(std::move(s)));
+}
+
+child_processes::~child_processes() {
+  {
+    std::lock_guard lock(state_->mutex);
+    state_->stopping = true;
+  }
+  state_->wake();
+  state_->thread.join();
+}
+
+expected<pid_t> child_processes::spawn(child_spec spec) {
+  return state_->call([&] { return state_->spawn(std::move(spec)); });
+}
+
+void child_processes::signal(const std::string& name, int signal_number) {
+  state_->call([&] {
+    for (const auto& c : state_->children)
+      if (c.name == name)
+        ::syscall(SYS_pidfd_send_signal, c.pidfd.get(), signal_number, nullptr, 0);
+    return true;
+  });
+}
+
+void child_processes::stop_all(std::chrono::milliseconds grace) {
+  state_->call([&] {
+    state_->stop_children(grace);
+    return true;
+  });
+}
+
+} // namespace troupe

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace troupe::http {
+
+/// Appends `text` as a JSON string with its quotes (RFC 8259). Bytes that are not well-formed
+/// UTF-8 become U+FFFD, so the result is always valid JSON. Pure.
+void append_json_string(std::string& out, std::string_view text);
+
+/// Appends a log-probability as the shortest decimal that reads back as the same float.
+/// JSON has no infinities: what is below -9999, or not a number, is written as -9999,
+/// the floor that vLLM's server uses. Pure.
+void append_json_logprob(std::string& out, float logprob);
+
+/// Appends `text` with its invalid UTF-8 replaced by U+FFFD. Pure.
+void append_valid_utf8(std::string& out, std::string_view text);
+
+} // namespace troupe::http

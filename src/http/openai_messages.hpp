@@ -1,0 +1,28 @@
+#pragma once
+
+#include "troupe/http/openai_fields.hpp"
+#include "troupe/http/openai_request.hpp"
+
+#include <string>
+
+namespace troupe::http {
+
+/// Refuses the name of any other model with not_found; none at all means the one that is served.
+void check_model_name(field_reader& fields, const serving_model& served);
+
+/// Reads the field `messages` into a list of {role, content} as chat templates take it. The role
+/// developer counts as system; content is a string or a list of text parts, which are joined by
+/// line breaks. Refuses empty lists, unknown roles and parts that are not text.
+nlohmann::ordered_json read_messages(field_reader& fields);
+
+/// Reads `messages` and `chat_template_kwargs`, renders them and encodes the text; with
+/// `open_answer` it ends where the assistant's answer begins. A conversation that the template
+/// refuses is the client's fault.
+prompt_input chat_prompt(field_reader& fields, const serving_model& served, bool open_answer,
+                         bool add_special_tokens);
+
+/// Encodes text as the client wrote it. Notes failures under `name`.
+prompt_input text_prompt(field_reader& fields, const std::string& name, const std::string& text,
+                         const serving_model& served, bool add_special_tokens);
+
+} // namespace troupe::http

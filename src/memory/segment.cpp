@@ -1,0 +1,61 @@
+#include "troupe/memory/segment.hpp"
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace troupe::memory {
+
+segment::segment(unique_fd fd, std::size_t size, std::byte* data)
+  : fd_(std::move(fd)), size_(size), data_(data) {}
+
+segment::segment(segment&& other) noexcept
+  : fd_(std::move(other.fd_)), size_(other.size_), data_(std::exchange(other.data_, nullptr)) {}
+
+segment& segment::operator=(segment&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  std::swap(size_, other.size_);
+  std::swap(data_, other.data_);
+  return *this;
+}
+
+segment::~segment() {
+  if (data_ != nullptr)
+    ::munmap(data_, size_);
+}
+
+expected<segment> segment::create(const std::string& name, std::size_t bytes) {
+  unique_fd fd(::memfd_create(name.c_str(), MFD_CLOEXEC));
+  if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0)
+    return fail(error_code::resource_exhausted,
+                fmt::format("cannot create {} bytes of shared memory for {}: {}", bytes, name,
+                            std::strerror(errno)),
+                "lower serving.kv_tokens or free memory");
+  return segment(std::move(fd), bytes, nullptr);
+}
+
+expected<segment> segment::attach(int fd, std::size_t bytes) {
+  unique_fd owned(fd);
+  struct stat info {};
+  if (::fstat(fd, &info) != 0)
+    return fail(error_code::io_failed,
+                fmt::format("shared memory descriptor {}: {}", fd, std::strerror(errno)));
+  if (static_cast<std::size_t>(info.st_size) != bytes)
+    return fail(
+      error_code::io_failed,
+      fmt::format("shared memory of {} bytes where {} are expected", info.st_size, bytes));
+  void* data =
+    bytes == 0 ? nullptr : ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (data == MAP_FAILED)
+    return fail(
+      error_code::resource_exhausted,
+      fmt::format("cannot map {} bytes of shared memory: {}", bytes, std::strerror(errno)));
+  return segment(std::move(owned), bytes, static_cast<std::byte*>(data));
+}
+
+} // namespace troupe::memory

@@ -1,0 +1,44 @@
+#pragma once
+
+#include "troupe/base/error.hpp"
+#include "troupe/base/unique_fd.hpp"
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+namespace troupe::memory {
+
+/// Shared memory that outlives the process that computes with it: the node creates it and
+/// keeps the descriptor, a worker inherits the descriptor and maps it. It has no name in
+/// the file system, so that nothing is left behind however the processes end: the
+/// kernel frees it with its last descriptor and mapping.
+class segment {
+public:
+  /// New memory, zeroed; pages are taken from the system when first written.
+  /// Fails with resource_exhausted.
+  static expected<segment> create(const std::string& name, std::size_t bytes);
+
+  /// Maps an inherited descriptor and takes it over. Fails with io_failed when its size is not
+  /// `bytes`.
+  static expected<segment> attach(int fd, std::size_t bytes);
+
+  segment(segment&& other) noexcept;
+  segment& operator=(segment&& other) noexcept;
+  ~segment();
+
+  int fd() const { return fd_.get(); }
+  std::size_t size() const { return size_; }
+
+  /// The mapping; empty for a created segment, which its owner does not touch.
+  std::span<std::byte> bytes() const { return {data_, data_ == nullptr ? 0 : size_}; }
+
+private:
+  segment(unique_fd fd, std::size_t size, std::byte* data);
+
+  unique_fd fd_;
+  std::size_t size_ = 0;
+  std::byte* data_ = nullptr;
+};
+
+} // namespace troupe::memory

@@ -1,0 +1,245 @@
+#include "troupe/model/chat_template.hpp"
+
+#include "troupe/model/jinja_interpreter.hpp"
+#include "troupe/model/jinja_parser.hpp"
+#include "troupe/model/unicode.hpp"
+
+#include <fmt/format.h>
+
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <optional>
+#include <utility>
+
+namespace troupe::model {
+
+using nlohmann::json;
+using nlohmann::ordered_json;
+
+namespace {
+
+constexpr std::size_t max_source_bytes = std::size_t{1} << 20U;
+constexpr int max_json_depth = 90;
+
+template <class Json>
+jinja::value from_json(const Json& j, jinja::budget& cost, int depth = 0) {
+  if (depth > max_json_depth)
+    jinja::raise(
+      fmt::format("the conversation is nested more than {} levels deep", max_json_depth));
+  cost.take(1);
+  switch (j.type()) {
+  case Json::value_t::boolean: return jinja::value::boolean(j.template get<bool>());
+  case Json::value_t::number_integer: return jinja::value::integer(j.template get<std::int64_t>());
+  case Json::value_t::number_unsigned: {
+    const auto u = j.template get<std::uint64_t>();
+    if (u > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
+      return jinja::value::real(static_cast<double>(u));
+    return jinja::value::integer(static_cast<std::int64_t>(u));
+  }
+  case Json::value_t::number_float: return jinja::value::real(j.template get<double>());
+  case Json::value_t::string: {
+    const auto& text = j.template get_ref<const std::string&>();
+    cost.take_bytes(text.size());
+    if (find_invalid_utf8(text) != std::string_view::npos)
+      jinja::raise("the conversation holds text that is not valid UTF-8");
+    return jinja::value::text(text);
+  }
+  case Json::value_t::array: {
+    std::vector<jinja::value> items;
+    items.reserve(j.size());
+    for (const auto& item : j)
+      items.push_back(from_json(item, cost, depth + 1));
+    return jinja::value::list(std::move(items));
+  }
+  case Json::value_t::object: {
+    std::vector<std::pair<std::string, jinja::value>> entries;
+    entries.reserve(j.size());
+    for (const auto& [key, item] : j.items())
+      entries.emplace_back(key, from_json(item, cost, depth + 1));
+    return jinja::value::dict(std::move(entries));
+  }
+  default: return jinja::value::none();
+  }
+}
+
+expected<std::optional<std::string>> read_text(const std::filesystem::path& path) {
+  std::error_code ignored;
+  if (!std::filesystem::is_regular_file(path, ignored))
+    return std::nullopt;
+  std::ifstream in(path, std::ios::binary);
+  std::string text((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  if (!in)
+    return fail(error_code::io_failed, fmt::format("{} cannot be read", path.string()));
+  return text;
+}
+
+/// The template in tokenizer_config.json; null where it has none.
+expected<std::optional<std::string>> template_in(const ordered_json& config,
+                                                 const std::string& origin) {
+  const auto found = config.find("chat_template");
+  if (found == config.end() || found->is_null())
+    return std::nullopt;
+  if (found->is_string())
+    return found->get<std::string>();
+  if (found->is_array())
+    for (const auto& entry : *found)
+      if (entry.is_object() && entry.value("name", ordered_json()) == "default"
+          && entry.contains("template") && entry["template"].is_string())
+        return entry["template"].get<std::string>();
+  return fail(error_code::invalid_model,
+              fmt::format("{}: chat_template is neither a string nor a list with a template named "
+                          "\"default\"",
+                          origin));
+}
+
+} // namespace
+
+struct chat_template::state {
+  jinja::node_ptr root;
+};
+
+chat_template::chat_template(std::unique_ptr<const state> s) : state_(std::move(s)) {}
+chat_template::~chat_template() = default;
+chat_template::chat_template(chat_template&&) noexcept = default;
+chat_template& chat_template::operator=(chat_template&&) noexcept = default;
+
+expected<chat_template> chat_template::parse(std::string_view source, std::string_view origin) {
+  if (source.size() > max_source_bytes)
+    return fail(error_code::invalid_model,
+                fmt::format("{}: {} bytes are too many for a template (at most {})", origin,
+                            source.size(), max_source_bytes));
+  if (const std::size_t bad = find_invalid_utf8(source); bad != std::string_view::npos)
+    return fail(error_code::invalid_model,
+                fmt::format("{}: not valid UTF-8 at offset {}", origin, bad));
+  try {
+    return chat_template(std::make_unique<const state>(state{jinja::parse_template(source)}));
+  } catch (const jinja::failure& f) {
+    return fail(error_code::invalid_model, fmt::format("{}, line {}: {}", origin, f.line, f.text));
+  } catch (const std::exception& e) {
+    return fail(error_code::internal, fmt::format("{}: {}", origin, e.what()));
+  }
+}
+
+template <class Json>
+expected<std::string> chat_template::render_variables(
+  const std::vector<std::pair<std::string, const Json*>>& variables) const {
+  try {
+    jinja::budget cost;
+    std::vector<std::pair<std::string, jinja::value>> values;
+    for (const auto& [name, v] : variables)
+      values.emplace_back(name, from_json(*v, cost));
+    return jinja::render(*state_->root, std::move(values), cost);
+  } catch (const jinja::failure& f) {
+    if (f.by_template)
+      return fail(error_code::invalid_request, f.text,
+                  "change the messages to what the model's chat template takes");
+    return fail(
+      error_code::invalid_request,
+      fmt::format("the chat template cannot render these messages (line {}): {}", f.line, f.text));
+  } catch (const std::exception& e) {
+    return fail(error_code::internal, fmt::format("chat template: {}", e.what()));
+  }
+}
+
+template <class Json>
+expected<std::string> chat_template::render_members(const Json& context) const {
+  if (!context.is_object())
+    return fail(error_code::invalid_request, "the variables of a chat template are not an object");
+  std::vector<std::pair<std::string, const Json*>> variables;
+  for (const auto& [name, v] : context.items())
+    variables.emplace_back(name, &v);
+  return render_variables(variables);
+}
+
+expected<std::string> chat_template::render(const ordered_json& context) const {
+  return render_members(context);
+}
+
+expected<std::string> chat_template::render(const json& context) const {
+  return render_members(context);
+}
+
+expected<chat_renderer> chat_renderer::load(const std::filesystem::path& model_dir) {
+  const std::string config_path = (model_dir / "tokenizer_config.json").string();
+  const std::string template_path = (model_dir / "chat_template.jinja").string();
+  auto config_text = read_text(config_path);
+  if (!config_text)
+    return tl::unexpected(std::move(config_text.error()));
+  auto source = read_text(template_path);
+  if (!source)
+    return tl::unexpected(std::move(source.error()));
+  try {
+    ordered_json config = ordered_json::object();
+    if (*config_text) {
+      config = ordered_json::parse(**config_text, nullptr, false);
+      if (config.is_discarded() || !config.is_object())
+        return fail(error_code::invalid_model, fmt::format("{} is not a JSON object", config_path));
+    }
+    std::string origin = template_path;
+    if (!*source) {
+      origin = config_path + ": chat_template";
+      source = template_in(config, config_path);
+      if (!source)
+        return tl::unexpected(std::move(source.error()));
+    }
+    if (!*source)
+      return fail(error_code::not_found,
+                  fmt::format("the model in {} has no chat template", model_dir.string()),
+                  "use completions, or add a chat_template.jinja");
+    auto parsed = chat_template::parse(**source, origin);
+    if (!parsed)
+      return tl::unexpected(std::move(parsed.error()));
+    ordered_json tokens = ordered_json::object();
+    for (const char* key : {"bos_token", "eos_token", "pad_token", "unk_token"}) {
+      const auto found = config.find(key);
+      if (found == config.end())
+        continue;
+      const ordered_json content =
+        found->is_object() ? found->value("content", ordered_json()) : *found;
+      if (content.is_string())
+        tokens[key] = content;
+    }
+    return chat_renderer(std::move(*parsed), std::move(tokens));
+  } catch (const std::exception& e) {
+    return fail(error_code::invalid_model, fmt::format("{}: {}", config_path, e.what()));
+  }
+}
+
+expected<std::string> chat_renderer::render_chat(const ordered_json& messages,
+                                                 const ordered_json& tools,
+                                                 bool add_generation_prompt,
+                                                 const ordered_json& extra) const {
+  if (!messages.is_array() || messages.empty())
+    return fail(error_code::invalid_request, "messages is not a list with at least one message");
+  for (std::size_t i = 0; i < messages.size(); ++i)
+    if (!messages[i].is_object() || !messages[i].contains("role")
+        || !messages[i]["role"].is_string())
+      return fail(error_code::invalid_request,
+                  fmt::format("messages[{}] is not an object with a role", i));
+  const ordered_json none;
+  const ordered_json prompt = add_generation_prompt;
+  // Later ones count, so that extra variables can replace the others.
+  std::vector<std::pair<std::string, const ordered_json*>> variables;
+  const auto set = [&variables](const std::string& name, const ordered_json& v) {
+    for (auto& [known, old] : variables) {
+      if (known == name) {
+        old = &v;
+        return;
+      }
+    }
+    variables.emplace_back(name, &v);
+  };
+  for (const auto& [name, v] : tokens_.items())
+    set(name, v);
+  set("messages", messages);
+  set("tools", tools);
+  set("documents", none);
+  set("add_generation_prompt", prompt);
+  if (extra.is_object())
+    for (const auto& [name, v] : extra.items())
+      set(name, v);
+  return template_.render_variables(variables);
+}
+
+} // namespace troupe::model

@@ -1,0 +1,372 @@
+#include "troupe/model/deepseek.hpp"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+namespace troupe::model {
+
+namespace {
+
+using kernels::rows_view;
+
+/// Latent queries are wide (heads * kv_lora), so attention takes this many rows at a time.
+constexpr std::int32_t kAttentionRows = 256;
+
+/// The same for logits, which are as wide as the vocabulary.
+constexpr std::int32_t kLogitRows = 64;
+
+/// Width of the widest dense MLP or shared expert, which decides how much scratch is needed.
+std::int32_t widest_mlp(const model_config& config, const stage_options& options) {
+  std::int32_t width = 0;
+  for (auto layer = options.first_layer; layer < options.end_layer; ++layer)
+    width = std::max(width, config.is_moe_layer(layer) ? config.shared_intermediate_size()
+                                                       : config.intermediate_size);
+  return width;
+}
+
+bool has_moe(const model_config& config, const stage_options& options) {
+  for (auto layer = options.first_layer; layer < options.end_layer; ++layer)
+    if (config.is_moe_layer(layer))
+      return true;
+  return false;
+}
+
+kernels::batch_view slice_batch(const kernels::batch_view& batch, std::int32_t first,
+                                std::int32_t count) {
+  auto result = batch;
+  result.positions = batch.positions.subspan(first, count);
+  result.sequences = batch.sequences.subspan(first, count);
+  return result;
+}
+
+} // namespace
+
+stage_model::stage_model(std::shared_ptr<checkpoint> source, const model_config& config,
+                         const stage_options& options, kernels::ops& ops)
+  : config_(config),
+    options_(options),
+    ops_(ops),
+    type_(ops.activation_type()),
+    store_(std::move(source), config, ops),
+    rope_(make_rope_constants(config)) {}
+
+expected<std::unique_ptr<stage_model>> stage_model::load(std::shared_ptr<checkpoint> source,
+                                                         const model_config& config,
+                                                         const stage_options& options,
+                                                         kernels::ops& ops) {
+  if (options.first_layer < 0 || options.first_layer >= options.end_layer
+      || options.end_layer > config.num_layers)
+    return fail(error_code::invalid_config,
+                fmt::format("a stage of layers [{}, {}) is asked for, but the model has {}",
+                            options.first_layer, options.end_layer, config.num_layers),
+                "use fewer pipeline stages");
+  if (options.max_rows < 1)
+    return fail(error_code::invalid_config,
+                fmt::format("a stage of {} rows is asked for", options.max_rows),
+                "give max_batch_tokens of at least 1");
+  std::unique_ptr<stage_model> stage(new stage_model(source, config, options, ops));
+  auto weights = load_trunk(stage->store_, config, options.first_layer, options.end_layer);
+  if (!weights)
+    return tl::unexpected(std::move(weights.error()));
+  stage->weights_ = std::move(*weights);
+  if (options.with_local_experts && has_moe(config, options)) {
+    auto experts = local_experts::load(std::move(source), config, options.first_layer,
+                                       options.end_layer, options.max_rows, ops);
+    if (!experts)
+      return tl::unexpected(std::move(experts.error()));
+    stage->own_experts_ = std::move(*experts);
+  }
+  stage->inv_freq_ = stage->store_.keep(stage->rope_.inv_freq);
+  stage->allocate_scratch();
+  return stage;
+}
+
+void stage_model::allocate_scratch() {
+  const auto& c = config_;
+  const std::int64_t rows = options_.max_rows;
+  const auto block = std::min<std::int64_t>(rows, kAttentionRows);
+  const auto buffer = [&](std::int64_t max_rows, std::int32_t num_cols) {
+    return row_buffer(ops_, type_, max_rows, num_cols);
+  };
+  hidden_ = buffer(rows, c.hidden_size);
+  normed_ = buffer(rows, c.hidden_size);
+  delta_ = buffer(rows, c.hidden_size);
+  if (c.q_lora_rank > 0)
+    q_a_ = buffer(rows, c.q_lora_rank);
+  q_ = buffer(rows, c.num_heads * c.qk_head_dim());
+  kv_a_ = buffer(rows, c.kv_dim());
+  q_latent_ = buffer(block, c.num_heads * c.kv_lora_rank);
+  o_latent_ = buffer(block, c.num_heads * c.kv_lora_rank);
+  attended_ = buffer(rows, c.num_heads * c.v_head_dim);
+  if (const auto width = widest_mlp(c, options_); width > 0) {
+    gate_ = buffer(rows, width);
+    up_ = buffer(rows, width);
+  }
+  if (has_moe(c, options_)) {
+    const auto num_tasks = rows * c.num_experts_per_token;
+    expert_out_ = buffer(num_tasks, c.hidden_size);
+    routed_experts_.resize(num_tasks);
+    routed_weights_.resize(num_tasks);
+    expert_rows_.resize(num_tasks);
+  }
+  if (is_last())
+    logits_ = row_buffer(ops_, kernels::element_type::f32, max_logit_rows(), c.vocab_size);
+}
+
+std::size_t stage_model::kv_bytes(std::int32_t num_pages, std::int32_t page_tokens) const {
+  return weights_.layers.size() * static_cast<std::size_t>(num_pages) * page_tokens
+         * config_.kv_dim() * kernels::size_of(type_);
+}
+
+void stage_model::attach_kv(void* data, std::int32_t num_pages, std::int32_t page_tokens) {
+  kv_ = static_cast<std::byte*>(data);
+  num_pages_ = num_pages;
+  page_tokens_ = page_tokens;
+}
+
+kernels::kv_layer_view stage_model::kv_layer(std::int32_t local_layer) const {
+  const auto layer_bytes = kv_bytes(num_pages_, page_tokens_) / weights_.layers.size();
+  return {kv_ + local_layer * layer_bytes, num_pages_, page_tokens_, config_.kv_lora_rank,
+          config_.qk_rope_head_dim};
+}
+
+expected<void> stage_model::check_batch(const kernels::batch_view& batch) const {
+  const auto bad = [](std::size_t row, const std::string& what) {
+    return fail(error_code::invalid_request,
+                fmt::format("row {} of the micro-batch {}", row, what));
+  };
+  const auto num_sequences = batch.block_table_offsets.size();
+  for (std::size_t row = 0; row < batch.positions.size(); ++row) {
+    const auto position = batch.positions[row];
+    const auto sequence = batch.sequences[row];
+    if (sequence < 0 || static_cast<std::size_t>(sequence) >= num_sequences)
+      return bad(row, fmt::format("belongs to sequence {} of {}", sequence, num_sequences));
+    const std::int64_t first = batch.block_table_offsets[sequence];
+    const auto end = static_cast<std::size_t>(sequence) + 1 < num_sequences
+                       ? std::int64_t{batch.block_table_offsets[sequence + 1]}
+                       : static_cast<std::int64_t>(batch.block_tables.size());
+    if (first < 0 || end > static_cast<std::int64_t>(batch.block_tables.size()) || position < 0
+        || position / page_tokens_ >= end - first)
+      return bad(row, fmt::format("has position {}, outside the {} pages of its sequence", position,
+                                  std::max<std::int64_t>(end - first, 0)));
+  }
+  for (const auto page : batch.block_tables)
+    if (page < 0 || page >= num_pages_)
+      return fail(error_code::invalid_request,
+                  fmt::format("a block table names page {} of {}", page, num_pages_));
+  return {};
+}
+
+expected<void> stage_model::check_input(const stage_input& input) const {
+  const auto num_rows = input.batch.positions.size();
+  if (num_rows == 0 || num_rows > static_cast<std::size_t>(options_.max_rows)
+      || input.batch.sequences.size() != num_rows)
+    return fail(error_code::internal,
+                fmt::format("a micro-batch of {} rows does not fit a stage of {}", num_rows,
+                            options_.max_rows));
+  if (kv_ == nullptr)
+    return fail(error_code::internal, "a stage was asked to compute before it had KV memory");
+  if (is_first() ? input.tokens.size() != num_rows : input.hidden == nullptr)
+    return fail(error_code::internal, fmt::format("a micro-batch of {} rows came without its {}",
+                                                  num_rows, is_first() ? "tokens" : "hidden rows"));
+  if (is_first())
+    for (std::size_t row = 0; row < num_rows; ++row)
+      if (input.tokens[row] < 0 || input.tokens[row] >= config_.vocab_size)
+        return fail(error_code::invalid_request,
+                    fmt::format("row {} of the micro-batch has token id {}, outside the "
+                                "vocabulary of {}",
+                                row, input.tokens[row], config_.vocab_size));
+  if (input.experts == nullptr && own_experts_ == nullptr && has_moe(config_, options_))
+    return fail(error_code::internal, "a stage without experts was given no exchange");
+  return check_batch(input.batch);
+}
+
+expected<rows_view> stage_model::forward(const stage_input& input) {
+  num_rows_ = 0;
+  if (auto ok = check_input(input); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  const auto num_rows = static_cast<std::int32_t>(input.batch.positions.size());
+  const auto hidden = hidden_.view(num_rows);
+  if (is_first()) {
+    ops_.embed(*weights_.embedding, input.tokens, hidden);
+  } else {
+    ops_.copy_from_host(input.hidden, hidden);
+    if (!ops_.all_finite(hidden))
+      return fail(error_code::internal,
+                  fmt::format("hidden rows that came for layer {} hold values that are not finite",
+                              options_.first_layer));
+  }
+  auto* exchange = input.experts != nullptr ? input.experts : own_experts_.get();
+  for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
+    const auto& layer = weights_.layers[i];
+    const auto local = static_cast<std::int32_t>(i);
+    attend(layer.attention, hidden, input.batch, kv_layer(local));
+    const auto normed = normed_.view(num_rows);
+    ops_.rms_norm(hidden, layer.post_attention_norm, config_.rms_norm_eps, normed);
+    if (layer.moe) {
+      auto ok = mix_experts(options_.first_layer + local, *layer.moe, *exchange, hidden);
+      if (!ok)
+        return tl::unexpected(std::move(ok.error()));
+    } else {
+      const auto delta = delta_.view(num_rows);
+      compute_mlp(*layer.mlp, normed, delta);
+      ops_.add(hidden, delta);
+    }
+  }
+  if (!ops_.all_finite(hidden))
+    return fail(error_code::internal,
+                fmt::format("layers {} to {} computed values that are not finite",
+                            options_.first_layer, options_.end_layer - 1),
+                "weights or KV memory are damaged");
+  num_rows_ = num_rows;
+  return hidden;
+}
+
+void stage_model::project_kv(const attention_weights& w, const rows_view& normed,
+                             const kernels::batch_view& batch, const kernels::kv_layer_view& kv) {
+  const auto kv_a = kv_a_.view(normed.num_rows);
+  ops_.linear(normed, w.kv_a, kv_a);
+  const auto latent = slice_cols(kv_a, type_, 0, kv.latent_dim);
+  const auto rope_key = slice_cols(kv_a, type_, kv.latent_dim, kv.rope_dim);
+  ops_.rms_norm(latent, w.kv_a_norm, config_.rms_norm_eps, latent);
+  ops_.rope(rope_key, 1, kv.rope_dim, 0, kv.rope_dim, batch.positions, inv_freq_, rope_.magnitude);
+  ops_.append_kv(latent, rope_key, batch, kv);
+}
+
+void stage_model::attend(const attention_weights& w, const rows_view& hidden,
+                         const kernels::batch_view& batch, const kernels::kv_layer_view& kv) {
+  const auto num_rows = hidden.num_rows;
+  const auto heads = config_.num_heads;
+  const auto nope = config_.qk_nope_head_dim;
+  const auto head_dim = config_.qk_head_dim();
+  const auto latent = config_.kv_lora_rank;
+  const auto v = config_.v_head_dim;
+  const auto normed = normed_.view(num_rows);
+  ops_.rms_norm(hidden, w.input_norm, config_.rms_norm_eps, normed);
+  // All keys first: a row attends to rows of its own micro-batch.
+  project_kv(w, normed, batch, kv);
+  const auto q = q_.view(num_rows);
+  if (config_.q_lora_rank > 0) {
+    const auto q_a = q_a_.view(num_rows);
+    ops_.linear(normed, w.q_a, q_a);
+    ops_.rms_norm(q_a, w.q_a_norm, config_.rms_norm_eps, q_a);
+    ops_.linear(q_a, w.q_b, q);
+  } else {
+    ops_.linear(normed, w.q_b, q);
+  }
+  ops_.rope(q, heads, head_dim, nope, config_.qk_rope_head_dim, batch.positions, inv_freq_,
+            rope_.magnitude);
+  const auto attended = attended_.view(num_rows);
+  for (std::int32_t first = 0; first < num_rows; first += kAttentionRows) {
+    const auto count = std::min(kAttentionRows, num_rows - first);
+    const auto q_block = slice_rows(q, type_, first, count);
+    const auto q_latent = q_latent_.view(count);
+    const auto o_latent = o_latent_.view(count);
+    ops_.linear_per_head(q_block, head_dim, w.w_uk, heads, nope, latent, q_latent, latent);
+    const auto q_rope = slice_cols(q_block, type_, nope, q_block.num_cols - nope);
+    ops_.latent_attention(q_latent, q_rope, head_dim, heads, rope_.softmax_scale,
+                          slice_batch(batch, first, count), kv, o_latent);
+    ops_.linear_per_head(o_latent, latent, w.w_uv, heads, latent, v,
+                         slice_rows(attended, type_, first, count), v);
+  }
+  const auto delta = delta_.view(num_rows);
+  ops_.linear(attended, w.o, delta);
+  ops_.add(hidden, delta);
+}
+
+void stage_model::compute_mlp(const kernels::expert_weights& w, const rows_view& x,
+                              const rows_view& out) {
+  const auto width = w.gate.num_rows;
+  const auto gate = slice_cols(gate_.view(x.num_rows), type_, 0, width);
+  const auto up = slice_cols(up_.view(x.num_rows), type_, 0, width);
+  ops_.linear(x, w.gate, gate);
+  ops_.linear(x, w.up, up);
+  ops_.swiglu(gate, up, gate);
+  ops_.linear(gate, w.down, out);
+}
+
+expected<void> stage_model::mix_experts(std::int32_t layer, const moe_weights& w,
+                                        expert_exchange& exchange, const rows_view& hidden) {
+  const auto num_rows = hidden.num_rows;
+  const auto top_k = config_.num_experts_per_token;
+  const auto num_tasks = static_cast<std::size_t>(num_rows) * top_k;
+  const auto normed = normed_.view(num_rows);
+  const auto experts = std::span(routed_experts_).first(num_tasks);
+  const auto weights = std::span(routed_weights_).first(num_tasks);
+  const auto expert_rows = std::span(expert_rows_).first(num_tasks);
+  const kernels::router_params params{config_.num_experts,           config_.num_groups,
+                                      config_.num_groups_kept,       top_k,
+                                      config_.routed_scaling_factor, config_.norm_topk_prob};
+  ops_.route(normed, w.gate, w.bias, params, experts, weights);
+  if (auto ok = exchange.begin(layer, normed, experts, top_k); !ok)
+    return ok;
+  rows_view shared;
+  if (w.shared) {
+    shared = delta_.view(num_rows);
+    compute_mlp(*w.shared, normed, shared);
+  }
+  const auto expert_out = expert_out_.view(static_cast<std::int32_t>(num_tasks));
+  if (auto ok = exchange.finish(expert_out, expert_rows); !ok)
+    return ok;
+  ops_.combine(expert_out, expert_rows, weights, top_k, shared, hidden);
+  return {};
+}
+
+std::int32_t stage_model::max_logit_rows() const {
+  return std::min(options_.max_rows, kLogitRows);
+}
+
+expected<rows_view> stage_model::logits(std::span<const std::int32_t> rows) {
+  if (!is_last())
+    return fail(error_code::internal, "logits were asked of a stage that is not the last");
+  if (rows.size() > static_cast<std::size_t>(max_logit_rows()))
+    return fail(error_code::internal, fmt::format("logits of {} rows were asked for, above {}",
+                                                  rows.size(), max_logit_rows()));
+  for (const auto row : rows)
+    if (row < 0 || row >= num_rows_)
+      return fail(
+        error_code::internal,
+        fmt::format("logits of row {} were asked for, but {} were computed", row, num_rows_));
+  const auto count = static_cast<std::int32_t>(rows.size());
+  const auto hidden = hidden_.view(num_rows_);
+  const auto normed = normed_.view(count);
+  // The norm gathers: neighbouring rows in one call.
+  for (std::int32_t i = 0; i < count;) {
+    auto end = i + 1;
+    while (end < count && rows[end] == rows[end - 1] + 1)
+      ++end;
+    ops_.rms_norm(slice_rows(hidden, type_, rows[i], end - i), weights_.final_norm,
+                  config_.rms_norm_eps, slice_rows(normed, type_, i, end - i));
+    i = end;
+  }
+  const auto logits = logits_.view(count);
+  if (count > 0)
+    ops_.linear(normed, *weights_.head, logits);
+  return logits;
+}
+
+expected<void> stage_model::sample(std::span<const std::int32_t> rows,
+                                   std::span<const kernels::sampling_params> params,
+                                   std::span<kernels::sampled_token> out) {
+  if (params.size() != rows.size() || out.size() != rows.size())
+    return fail(error_code::internal,
+                fmt::format("{} rows came with {} sampling parameters and room for {} tokens",
+                            rows.size(), params.size(), out.size()));
+  for (const auto& param : params)
+    if (param.target >= config_.vocab_size)
+      return fail(error_code::invalid_request,
+                  fmt::format("token id {} is to be scored, outside the vocabulary of {}",
+                              param.target, config_.vocab_size));
+  const auto step = static_cast<std::size_t>(max_logit_rows());
+  for (std::size_t first = 0; first < rows.size(); first += step) {
+    const auto count = std::min(step, rows.size() - first);
+    auto values = logits(rows.subspan(first, count));
+    if (!values)
+      return tl::unexpected(std::move(values.error()));
+    ops_.sample(*values, params.subspan(first, count), out.subspan(first, count));
+  }
+  return {};
+}
+
+} // namespace troupe::model

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "troupe/model/jinja_ast.hpp"
+
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace troupe::model::jinja {
+
+/// Runs a parsed template over variables and returns the text. Does at most the work that
+/// `cost` allows. Throws `failure` with the line of the statement that failed.
+std::string render(const node& root, std::vector<std::pair<std::string, value>> variables,
+                   budget& cost);
+
+} // namespace troupe::model::jinja

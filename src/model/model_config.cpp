@@ -1,0 +1,234 @@
+#include "troupe/model/model_config.hpp"
+
+#include "troupe/model/config_reader.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include <fmt/format.h>
+
+namespace troupe::model {
+
+namespace {
+
+constexpr std::uint64_t kMaxConfigBytes = 16U << 20;
+constexpr std::int32_t kMaxDim = 1 << 24;
+constexpr std::int32_t kMaxLayers = 4096;
+constexpr std::int32_t kMaxHeads = 1 << 14;
+constexpr std::int32_t kMaxExperts = 1 << 16;
+constexpr std::int32_t kMaxPositions = 1 << 30;
+
+/// Refuses a key that switches on something other than what this architecture does.
+void require_text(config_reader& in, const char* key, const std::string& only) {
+  const auto value = in.text_or(key, only);
+  if (value != only)
+    in.refuse(key, fmt::format("is \"{}\", which is not supported", value),
+              fmt::format("only \"{}\" is", only));
+}
+
+void require_boolean(config_reader& in, const char* key, bool only) {
+  if (in.boolean_or(key, only) != only)
+    in.refuse(key, fmt::format("is {}, which is not supported", !only),
+              fmt::format("only {} is", only));
+}
+
+expected<void> read_rope(config_reader& in, const std::string& file, model_config& config) {
+  // transformers 5 renamed rope_scaling and moved rope_theta into it.
+  const char* key = in.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  if (!in.has(key)) {
+    config.rope_theta = in.number("rope_theta", 1.001, 1e12);
+    return in.finish();
+  }
+  config_reader rope(file, in.object(key), fmt::format("{}.", key));
+  if (auto ok = in.finish(); !ok)
+    return ok;
+  if (rope.has("rope_theta"))
+    config.rope_theta = rope.number("rope_theta", 1.001, 1e12);
+  else
+    config.rope_theta = in.number("rope_theta", 1.001, 1e12);
+  if (auto ok = in.finish(); !ok)
+    return ok;
+  const char* type_key = rope.has("rope_type") ? "rope_type" : "type";
+  const auto type = rope.text_or(type_key, "default");
+  if (type == "yarn") {
+    yarn_config yarn;
+    yarn.factor = rope.number("factor", 1.0, 1e6);
+    yarn.original_max_positions =
+      rope.integer_or("original_max_position_embeddings", 1, kMaxPositions, config.max_positions);
+    yarn.beta_fast = rope.number_or("beta_fast", 1e-6, 1e6, 32.0);
+    yarn.beta_slow = rope.number_or("beta_slow", 1e-6, 1e6, 1.0);
+    if (yarn.beta_slow > yarn.beta_fast)
+      rope.refuse("beta_slow", fmt::format("is {}, above beta_fast", yarn.beta_slow),
+                  "give a value not above beta_fast");
+    yarn.mscale = rope.number_or("mscale", 0.0, 100.0, 1.0);
+    yarn.mscale_all_dim = rope.number_or("mscale_all_dim", 0.0, 100.0, 0.0);
+    config.yarn = yarn;
+  } else if (type != "default") {
+    rope.refuse(type_key, fmt::format("is \"{}\", which is not supported", type),
+                "\"yarn\" and \"default\" are");
+  }
+  return rope.finish();
+}
+
+expected<void> read_quantization(config_reader& in, const std::string& file, model_config& config) {
+  if (!in.has("quantization_config"))
+    return {};
+  config_reader quant(file, in.object("quantization_config"), "quantization_config.");
+  if (auto ok = in.finish(); !ok)
+    return ok;
+  if (const auto method = quant.text("quant_method"); method != "fp8")
+    quant.refuse("quant_method", fmt::format("is \"{}\", which is not supported", method),
+                 "only \"fp8\" is; a checkpoint in bf16, f16 or f32 needs no quantization_config");
+  require_text(quant, "fmt", "e4m3");
+  const auto block = quant.integers("weight_block_size", 1, kMaxDim);
+  if (block.size() == 2)
+    config.fp8 = fp8_config{block[0], block[1]};
+  else
+    quant.refuse("weight_block_size", fmt::format("has {} entries", block.size()),
+                 "give two, rows and columns of a block, such as [128, 128]");
+  return quant.finish();
+}
+
+/// Relations between keys, and products that must stay addressable as int32 columns.
+void check_consistency(config_reader& in, const model_config& config) {
+  const auto check_width = [&](const char* key, std::int64_t width) {
+    if (width > std::numeric_limits<std::int32_t>::max() / 4)
+      in.refuse(key, fmt::format("makes a matrix {} wide", width), "give a smaller value");
+  };
+  const std::int64_t heads = config.num_heads;
+  check_width("num_attention_heads", heads * config.qk_head_dim());
+  check_width("num_attention_heads", heads * (config.qk_nope_head_dim + config.v_head_dim));
+  check_width("num_attention_heads", heads * config.kv_lora_rank);
+  check_width("n_shared_experts",
+              std::int64_t{config.num_shared_experts} * config.moe_intermediate_size);
+  if (config.qk_rope_head_dim % 2 != 0)
+    in.refuse("qk_rope_head_dim", fmt::format("is {}, an odd number", config.qk_rope_head_dim),
+              "rotation works on pairs: give an even number");
+  if (config.num_experts % config.num_groups != 0) {
+    in.refuse("n_group",
+              fmt::format("is {}, which does not divide the {} experts of n_routed_experts",
+                          config.num_groups, config.num_experts),
+              "give a divisor of n_routed_experts");
+    return;
+  }
+  const auto group_size = config.num_experts / config.num_groups;
+  if (config.num_groups > 1 && group_size < 2)
+    in.refuse("n_group", fmt::format("is {}, which leaves one expert a group", config.num_groups),
+              "a group is ranked by its two best experts: give fewer groups");
+  if (config.num_groups_kept > config.num_groups)
+    in.refuse("topk_group",
+              fmt::format("is {}, above n_group {}", config.num_groups_kept, config.num_groups),
+              "give a value not above n_group");
+  if (config.num_experts_per_token > config.num_groups_kept * group_size)
+    in.refuse("num_experts_per_tok",
+              fmt::format("is {}, but the kept groups have {} experts",
+                          config.num_experts_per_token, config.num_groups_kept * group_size),
+              "give a value not above topk_group * n_routed_experts / n_group");
+}
+
+void add_eos(const std::vector<std::int32_t>& ids, model_config& config) {
+  auto& all = config.eos_tokens;
+  all.insert(all.end(), ids.begin(), ids.end());
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+}
+
+} // namespace
+
+expected<model_config> parse_model_config(std::string_view text, const std::string& file) {
+  auto object = parse_json_object(text, file);
+  if (!object)
+    return tl::unexpected(std::move(object.error()));
+  config_reader in(file, *object);
+  model_config config;
+  config.model_type = in.text("model_type");
+  if (auto ok = in.finish(); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  if (config.model_type != "deepseek_v3") {
+    in.refuse("model_type", fmt::format("is \"{}\", which is not supported", config.model_type),
+              "\"deepseek_v3\" is (DeepSeek-V3, R1 and their relatives)");
+    return tl::unexpected(in.finish().error());
+  }
+  config.vocab_size = in.integer("vocab_size", 1, kMaxDim);
+  config.hidden_size = in.integer("hidden_size", 1, kMaxDim);
+  config.num_layers = in.integer("num_hidden_layers", 1, kMaxLayers);
+  config.num_mtp_layers = in.integer_or("num_nextn_predict_layers", 0, kMaxLayers, 0);
+  config.max_positions = in.integer("max_position_embeddings", 1, kMaxPositions);
+  config.rms_norm_eps = static_cast<float>(in.number("rms_norm_eps", 0.0, 1.0));
+  config.tie_word_embeddings = in.boolean_or("tie_word_embeddings", false);
+  require_text(in, "hidden_act", "silu");
+  require_boolean(in, "attention_bias", false);
+
+  config.num_heads = in.integer("num_attention_heads", 1, kMaxHeads);
+  config.q_lora_rank = in.integer_or("q_lora_rank", 1, kMaxDim, 0);
+  config.kv_lora_rank = in.integer("kv_lora_rank", 1, kMaxDim);
+  config.qk_nope_head_dim = in.integer("qk_nope_head_dim", 1, kMaxDim);
+  config.qk_rope_head_dim = in.integer("qk_rope_head_dim", 2, kMaxDim);
+  config.v_head_dim = in.integer("v_head_dim", 1, kMaxDim);
+  require_boolean(in, "rope_interleave", true);
+
+  config.intermediate_size = in.integer("intermediate_size", 1, kMaxDim);
+  config.moe_intermediate_size = in.integer("moe_intermediate_size", 1, kMaxDim);
+  config.first_k_dense_replace = in.integer("first_k_dense_replace", 0, kMaxLayers);
+  config.moe_layer_freq = in.integer_or("moe_layer_freq", 1, kMaxLayers, 1);
+  config.num_experts = in.integer("n_routed_experts", 1, kMaxExperts);
+  config.num_shared_experts = in.integer_or("n_shared_experts", 0, kMaxExperts, 0);
+  config.num_experts_per_token = in.integer("num_experts_per_tok", 1, kMaxExperts);
+  config.num_groups = in.integer("n_group", 1, kMaxExperts);
+  config.num_groups_kept = in.integer("topk_group", 1, kMaxExperts);
+  config.routed_scaling_factor = static_cast<float>(in.number("routed_scaling_factor", 0.0, 1e6));
+  config.norm_topk_prob = in.boolean_or("norm_topk_prob", true);
+  require_text(in, "scoring_func", "sigmoid");
+  require_text(in, "topk_method", "noaux_tc");
+
+  config.bos_token = in.integer_or("bos_token_id", 0, config.vocab_size - 1, -1);
+  add_eos(in.integers("eos_token_id", 0, config.vocab_size - 1), config);
+  if (auto ok = in.finish(); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  check_consistency(in, config);
+  if (auto ok = in.finish(); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  if (auto ok = read_rope(in, file, config); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  if (auto ok = read_quantization(in, file, config); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  return config;
+}
+
+expected<void> apply_generation_config(std::string_view text, const std::string& file,
+                                       model_config& config) {
+  auto object = parse_json_object(text, file);
+  if (!object)
+    return tl::unexpected(std::move(object.error()));
+  config_reader in(file, *object);
+  if (in.has("temperature"))
+    config.default_temperature = static_cast<float>(in.number("temperature", 0.0, 100.0));
+  if (in.has("top_p"))
+    config.default_top_p = static_cast<float>(in.number("top_p", 0.0, 1.0));
+  if (in.has("eos_token_id"))
+    add_eos(in.integers("eos_token_id", 0, config.vocab_size - 1), config);
+  return in.finish();
+}
+
+expected<model_config> load_model_config(const std::filesystem::path& directory) {
+  const auto file = directory / "config.json";
+  auto text = read_text_file(file, kMaxConfigBytes);
+  if (!text)
+    return tl::unexpected(std::move(text.error()));
+  auto config = parse_model_config(*text, file.string());
+  if (!config)
+    return config;
+  const auto generation = directory / "generation_config.json";
+  std::error_code ignored;
+  if (!std::filesystem::exists(generation, ignored))
+    return config;
+  auto defaults = read_text_file(generation, kMaxConfigBytes);
+  if (!defaults)
+    return tl::unexpected(std::move(defaults.error()));
+  if (auto ok = apply_generation_config(*defaults, generation.string(), *config); !ok)
+    return tl::unexpected(std::move(ok.error()));
+  return config;
+}
+
+} // namespace troupe::model

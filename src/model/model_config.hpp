@@ -1,0 +1,100 @@
+#pragma once
+
+#include "troupe/base/error.hpp"
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace troupe::model {
+
+/// YaRN's stretching of the rotary frequencies (arXiv 2309.00071), as DeepSeek configures it.
+struct yarn_config {
+  double factor = 1.0;
+  std::int32_t original_max_positions = 4096;
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+  double mscale = 1.0;
+  double mscale_all_dim = 0.0;
+};
+
+/// Weights in FP8 with one float32 scale a block.
+struct fp8_config {
+  std::int32_t block_rows = 128;
+  std::int32_t block_cols = 128;
+};
+
+/// What config.json says of a DeepSeek-V3 model (`model_type: deepseek_v3`), checked to be
+/// consistent. A plain value.
+struct model_config {
+  std::string model_type;
+  std::int32_t vocab_size = 0;
+  std::int32_t hidden_size = 0;
+  std::int32_t num_layers = 0; ///< without the MTP layers behind them
+  std::int32_t num_mtp_layers = 0;
+  std::int32_t max_positions = 0;
+  float rms_norm_eps = 1e-6F;
+  bool tie_word_embeddings = false;
+
+  // Multi-head latent attention.
+  std::int32_t num_heads = 0;
+  std::int32_t q_lora_rank = 0; ///< 0: one q_proj instead of q_a and q_b
+  std::int32_t kv_lora_rank = 0;
+  std::int32_t qk_nope_head_dim = 0;
+  std::int32_t qk_rope_head_dim = 0;
+  std::int32_t v_head_dim = 0;
+  double rope_theta = 10000.0;
+  std::optional<yarn_config> yarn;
+
+  // Feed-forward.
+  std::int32_t intermediate_size = 0;     ///< of the dense layers
+  std::int32_t moe_intermediate_size = 0; ///< of one expert
+  std::int32_t first_k_dense_replace = 0;
+  std::int32_t moe_layer_freq = 1;
+  std::int32_t num_experts = 0;
+  std::int32_t num_shared_experts = 0;
+  std::int32_t num_experts_per_token = 0;
+  std::int32_t num_groups = 1;
+  std::int32_t num_groups_kept = 1;
+  float routed_scaling_factor = 1.0F;
+  bool norm_topk_prob = true;
+
+  std::optional<fp8_config> fp8; ///< from quantization_config
+
+  std::int32_t bos_token = -1;          ///< -1: the config names none
+  std::vector<std::int32_t> eos_tokens; ///< of config.json and generation_config.json, ascending
+  std::optional<float> default_temperature; ///< of generation_config.json
+  std::optional<float> default_top_p;
+
+  bool is_moe_layer(std::int32_t layer) const {
+    return layer >= first_k_dense_replace && layer % moe_layer_freq == 0;
+  }
+
+  /// Elements of one head's query: the part without positions, then the rotated part.
+  std::int32_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
+
+  /// Elements that one layer caches for one token: the latent, then the rotated key.
+  std::int32_t kv_dim() const { return kv_lora_rank + qk_rope_head_dim; }
+
+  /// Width of the shared experts, which are one MLP.
+  std::int32_t shared_intermediate_size() const {
+    return num_shared_experts * moe_intermediate_size;
+  }
+};
+
+/// Reads `directory`/config.json and, where it is there, `directory`/generation_config.json.
+/// Errors: invalid_model naming the file, the key and what would be right; io_failed.
+expected<model_config> load_model_config(const std::filesystem::path& directory);
+
+/// Parses the text of a config.json; `file` is the name put into errors. Takes the old
+/// `rope_scaling` and the new `rope_parameters` spelling.
+expected<model_config> parse_model_config(std::string_view text, const std::string& file);
+
+/// Adds the defaults of a generation_config.json: temperature, top_p and end-of-text ids.
+expected<void> apply_generation_config(std::string_view text, const std::string& file,
+                                       model_config& config);
+
+} // namespace troupe::model

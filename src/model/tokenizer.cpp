@@ -1,0 +1,144 @@
+#include "troupe/model/tokenizer.hpp"
+
+#include "troupe/model/tokenizer_state.hpp"
+#include "troupe/model/unicode.hpp"
+
+#include <fmt/format.h>
+
+#include <utility>
+
+namespace troupe::model {
+
+namespace {
+
+constexpr std::size_t max_text_bytes = std::size_t{1} << 30U;
+
+} // namespace
+
+tokenizer::tokenizer(std::unique_ptr<const state> s) : state_(std::move(s)) {}
+tokenizer::~tokenizer() = default;
+tokenizer::tokenizer(tokenizer&&) noexcept = default;
+tokenizer& tokenizer::operator=(tokenizer&&) noexcept = default;
+
+void tokenizer::state::set_token(std::int32_t id, std::string_view text, bool special) {
+  const auto index = static_cast<std::size_t>(id);
+  if (tokens.size() <= index)
+    tokens.resize(index + 1);
+  tokens[index] = {static_cast<std::uint32_t>(bytes.size()),
+                   static_cast<std::uint32_t>(text.size()), true, special};
+  bytes += text;
+}
+
+expected<std::vector<std::int32_t>> tokenizer::encode(std::string_view text,
+                                                      const encode_options& options) const {
+  if (text.size() > max_text_bytes)
+    return fail(error_code::invalid_request,
+                fmt::format("the text of {} bytes is longer than a tokenizer takes ({} bytes)",
+                            text.size(), max_text_bytes));
+  if (const std::size_t bad = find_invalid_utf8(text); bad != std::string_view::npos)
+    return fail(error_code::invalid_request,
+                fmt::format("the text is not valid UTF-8: byte {:#04x} at offset {}",
+                            static_cast<unsigned char>(text[bad]), bad),
+                "send text encoded as UTF-8");
+  std::vector<std::int32_t> ids;
+  ids.reserve(text.size() / 3 + 8);
+  if (options.add_bos) {
+    if (!state_->bos)
+      return fail(error_code::invalid_request, "the model's tokenizer has no BOS token to add",
+                  "leave add_bos (add_special_tokens) off for this model");
+    ids.push_back(*state_->bos);
+  }
+
+  regex_splitter::scratch split_scratch;
+  byte_pair_encoder::scratch pair_scratch;
+  std::vector<std::string_view> pieces;
+  const auto encode_plain = [&](std::string_view part) -> expected<void> {
+    if (auto done = state_->splitter.split(part, split_scratch, pieces); !done)
+      return done;
+    for (const std::string_view piece : pieces)
+      state_->pairs.encode(piece, pair_scratch, ids);
+    return {};
+  };
+  // What lies between the matches of one finder goes to the next one, and at last to the regex.
+  const auto encode_part = [&](const auto& self, std::string_view part,
+                               std::size_t stage) -> expected<void> {
+    if (part.empty())
+      return {};
+    if (stage == std::size(state_->finders))
+      return encode_plain(part);
+    const added_token_finder& finder = state_->finders[stage];
+    if (finder.empty())
+      return self(self, part, stage + 1);
+    std::size_t done = 0;
+    for (std::size_t from = 0; from < part.size();) {
+      const auto match = finder.find(part, from);
+      if (!match)
+        break;
+      from = match->end;
+      if (!options.parse_special && is_special(match->token))
+        continue;
+      if (auto before = self(self, part.substr(done, match->begin - done), stage + 1); !before)
+        return before;
+      ids.push_back(match->token);
+      done = match->end;
+    }
+    return self(self, part.substr(done), stage + 1);
+  };
+  if (auto done = encode_part(encode_part, text, 0); !done)
+    return tl::unexpected(std::move(done.error()));
+  return ids;
+}
+
+expected<std::string> tokenizer::decode(std::span<const std::int32_t> ids,
+                                        bool skip_special) const {
+  std::string text;
+  utf8_replacer replacer;
+  for (const std::int32_t id : ids) {
+    if (!has_token(id))
+      return fail(
+        error_code::invalid_request,
+        fmt::format("token id {} is not in the vocabulary (0 to {})", id, vocab_size() - 1));
+    if (!skip_special || !is_special(id))
+      replacer.push(token_bytes(id), text);
+  }
+  replacer.finish(text);
+  return text;
+}
+
+std::string_view tokenizer::token_bytes(std::int32_t id) const {
+  if (!has_token(id))
+    return {};
+  const auto& token = state_->tokens[static_cast<std::size_t>(id)];
+  return std::string_view(state_->bytes).substr(token.offset, token.size);
+}
+
+bool tokenizer::has_token(std::int32_t id) const {
+  return id >= 0 && id < vocab_size() && state_->tokens[static_cast<std::size_t>(id)].exists;
+}
+
+bool tokenizer::is_special(std::int32_t id) const {
+  return has_token(id) && state_->tokens[static_cast<std::size_t>(id)].special;
+}
+
+std::optional<std::int32_t> tokenizer::added_token(std::string_view content) const {
+  const auto found = state_->added.find(std::string(content));
+  if (found == state_->added.end())
+    return std::nullopt;
+  return found->second;
+}
+
+std::int32_t tokenizer::vocab_size() const {
+  return static_cast<std::int32_t>(state_->tokens.size());
+}
+
+std::optional<std::int32_t> tokenizer::bos_id() const {
+  return state_->bos;
+}
+std::optional<std::int32_t> tokenizer::eos_id() const {
+  return state_->eos;
+}
+bool tokenizer::adds_bos() const {
+  return state_->adds_bos;
+}
+
+} // namespace troupe::model

@@ -1,0 +1,91 @@
+#pragma once
+
+#include "troupe/base/error.hpp"
+#include "troupe/kernels/ops.hpp"
+#include "troupe/model/checkpoint.hpp"
+#include "troupe/model/model_config.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace troupe::model {
+
+/// A part of the model that one process loads. Any of the ranges may be empty.
+struct model_part {
+  std::int32_t first_layer = 0;
+  std::int32_t end_layer = 0;
+  bool trunk = true; ///< all but routed experts; with layer 0 the embedding, with the last the head
+  std::int32_t first_expert = 0; ///< routed experts of the MoE layers among the layers
+  std::int32_t end_expert = 0;
+};
+
+/// The whole model except its MTP layers.
+model_part whole_model(const model_config& config);
+
+/// A tensor that a part needs. Vectors have num_rows 0.
+struct tensor_spec {
+  std::string name;
+  std::int32_t num_rows = 0;
+  std::int32_t num_cols = 0;
+};
+
+/// Everything `part` needs, in order of layers; without the scales of FP8 weights.
+std::vector<tensor_spec> list_tensors(const model_config& config, const model_part& part);
+
+struct part_size {
+  std::size_t num_tensors = 0;
+  std::uint64_t num_bytes = 0; ///< as stored, scales included
+};
+
+/// Checks a part without loading it: every tensor is there with the right shape and a usable
+/// dtype, all scales, norms and router biases are finite. Opens the shards concerned and reads
+/// those small tensors only. Errors: invalid_model naming file and tensor; io_failed.
+expected<part_size> check_weights(checkpoint& source, const model_config& config,
+                                  const model_part& part);
+
+/// Where tensors of one part live as long as they are used: in the mapping as stored or, where
+/// conversion is needed, in buffers of this object. Not thread-safe.
+class weight_store {
+public:
+  /// `ops` must outlive the store.
+  weight_store(std::shared_ptr<checkpoint> source, const model_config& config, kernels::ops& ops);
+
+  /// A weight [num_rows, num_cols] with its scales, placed on the device.
+  /// Errors: as check_weights.
+  expected<kernels::weight_matrix> matrix(const std::string& name, std::int32_t num_rows,
+                                          std::int32_t num_cols);
+
+  /// A vector converted to float32, placed on the device.
+  expected<const float*> vector(const std::string& name, std::int32_t size);
+
+  /// A weight as host float32 [num_rows, num_cols], scales applied.
+  expected<std::vector<float>> dequantised(const std::string& name, std::int32_t num_rows,
+                                           std::int32_t num_cols);
+
+  /// Keeps values and places them on the device.
+  const float* keep(std::vector<float> values);
+
+private:
+  std::shared_ptr<checkpoint> source_;
+  std::optional<fp8_config> fp8_;
+  kernels::ops& ops_;
+  std::vector<std::vector<float>> floats_;
+  std::vector<std::unique_ptr<std::byte[]>> copies_;
+};
+
+/// The three weights of an MLP whose names begin with `prefix`: a dense layer's, the shared
+/// experts' or one routed expert's.
+expected<kernels::expert_weights> load_mlp(weight_store& store, const std::string& prefix,
+                                           std::int32_t hidden_size,
+                                           std::int32_t intermediate_size);
+
+/// The values of out.size() stored elements as float32; `data` may be unaligned. FP8 is e4m3fn:
+/// bias 7, no infinities, 0x7f and 0xff are NaN (OCP OFP8 specification 1.0).
+void to_float32(const std::byte* data, kernels::element_type type, std::span<float> out);
+
+} // namespace troupe::model

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace troupe::placement {
+
+enum class actor_kind : std::uint8_t { stage, expert_group };
+
+/// One actor of a worker. The fields that do not concern its kind are 0.
+struct actor {
+  actor_kind kind = actor_kind::stage;
+  std::string id;                ///< "replica-0/stage-1", "expert-group-0/copy-0"
+  std::uint32_t replica = 0;     ///< stages only
+  std::uint32_t index = 0;       ///< of the stage in its replica, or of the expert group
+  std::uint32_t copy = 0;        ///< expert groups only
+  std::uint32_t first_layer = 0; ///< stages: [first_layer, end_layer)
+  std::uint32_t end_layer = 0;
+  std::uint32_t first_expert = 0; ///< expert groups: [first_expert, end_expert) of every MoE layer
+  std::uint32_t end_expert = 0;
+
+  friend bool operator==(const actor&, const actor&) = default;
+};
+
+/// One process, on one device.
+struct worker {
+  std::string name; ///< "node-0/worker-1"; the number is that of the device in its node
+  std::string node;
+  std::string device;        ///< "cpu:1"
+  std::vector<actor> actors; ///< at least one; stages first
+
+  friend bool operator==(const worker&, const worker&) = default;
+};
+
+/// What runs where. Expert groups are shared by all replicas.
+struct plan {
+  std::string cluster;
+  std::uint32_t num_replicas = 0;
+  std::uint32_t num_stages = 0; ///< of each replica
+  std::uint32_t num_layers = 0;
+  std::uint32_t num_expert_groups = 0; ///< 0: the experts live inside the stages
+  std::uint32_t num_expert_copies = 0; ///< of each group; 0 without groups
+  std::uint32_t num_experts = 0;
+  std::vector<worker> workers;    ///< in the order of nodes and their devices
+  std::vector<std::string> notes; ///< what a reader should know: idle or shared devices, risks
+
+  friend bool operator==(const plan&, const plan&) = default;
+};
+
+/// The plan as a tree for a terminal, ending with a newline.
+std::string describe(const plan& what);
+
+} // namespace troupe::placement

@@ -1,0 +1,31 @@
+#include "troupe/schedule/page_pool.hpp"
+
+#include <cassert>
+
+namespace troupe::schedule {
+
+page_pool::page_pool(std::uint32_t num_pages) : is_free_(num_pages, true) {
+  free_.reserve(num_pages);
+  for (auto page = num_pages; page-- > 0;)
+    free_.push_back(static_cast<std::int32_t>(page));
+}
+
+std::int32_t page_pool::take() {
+  assert(!free_.empty());
+  const auto page = free_.back();
+  free_.pop_back();
+  is_free_[static_cast<std::size_t>(page)] = false;
+  return page;
+}
+
+void page_pool::release(std::vector<std::int32_t>& pages) {
+  for (auto page : pages) {
+    const auto idx = static_cast<std::size_t>(page);
+    assert(idx < is_free_.size() && !is_free_[idx]);
+    is_free_[idx] = true;
+    free_.push_back(page);
+  }
+  pages.clear();
+}
+
+} // namespace troupe::schedule

@@ -1,0 +1,60 @@
+#include "troupe/schedule/sequence.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace troupe::schedule {
+
+sequence::sequence(request&& r, std::uint32_t max_length) : what(std::move(r)) {
+  tokens = std::exchange(what.prompt, {});
+  num_prompt = static_cast<std::uint32_t>(tokens.size());
+  // Not the sum of both: max_tokens may be the largest number there is.
+  length_limit = num_prompt + std::min(what.max_tokens, max_length - num_prompt);
+  if (what.num_prompt_logprobs < 0)
+    num_scored = num_prompt - 1;
+}
+
+finish_reason sequence::append(std::int32_t token) {
+  tokens.push_back(token);
+  if (std::find(what.stop_tokens.begin(), what.stop_tokens.end(), token) != what.stop_tokens.end())
+    return finish_reason::stop;
+  return tokens.size() >= length_limit ? finish_reason::length : finish_reason::none;
+}
+
+void sequence::write_slice(micro_batch& batch, sequence_slice&& slice, std::uint32_t num_rows) {
+  const auto first_row = static_cast<std::uint32_t>(batch.tokens.size());
+  const auto index = static_cast<std::int32_t>(batch.sequences.size());
+  const auto end = num_computed + num_rows;
+
+  slice.request = what.id;
+  slice.first_position = num_computed;
+  slice.num_rows = num_rows;
+  slice.pages.reserve(pages.capacity()); // assign alone would grow by one page at a time
+  slice.pages.assign(pages.begin(), pages.end());
+  slice.draw = what.draw;
+  slice.stop_tokens.clear();
+  batch.tokens.insert(batch.tokens.end(), tokens.begin() + num_computed, tokens.begin() + end);
+
+  // Positions before the last one of the prompt score the token that follows them, once.
+  for (auto p = std::max(num_computed, num_scored); p < std::min(end, num_prompt - 1); ++p)
+    batch.outputs.push_back({.row = static_cast<std::int32_t>(first_row + p - num_computed),
+                             .sequence = index,
+                             .target = tokens[p + 1],
+                             .num_logprobs = what.num_prompt_logprobs,
+                             .ban_stop_tokens = false,
+                             .position = p + 1});
+  if (end == tokens.size()) {
+    const bool ban = num_generated() < what.min_tokens && !what.stop_tokens.empty();
+    if (ban)
+      slice.stop_tokens.assign(what.stop_tokens.begin(), what.stop_tokens.end());
+    batch.outputs.push_back({.row = static_cast<std::int32_t>(first_row + num_rows - 1),
+                             .sequence = index,
+                             .target = -1,
+                             .num_logprobs = std::max(what.num_logprobs, 0),
+                             .ban_stop_tokens = ban,
+                             .position = end});
+  }
+  batch.sequences.push_back(std::move(slice));
+}
+
+} // namespace troupe::schedule

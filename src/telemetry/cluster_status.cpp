@@ -1,0 +1,121 @@
+#include "troupe/telemetry/cluster_status.hpp"
+
+#include "troupe/base/error.hpp"
+
+#include <cmath>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+
+namespace troupe::telemetry {
+
+namespace {
+
+using nlohmann::ordered_json;
+
+/// Milliseconds with three decimals: a status is read by people too.
+double rounded(double milliseconds) {
+  return std::round(milliseconds * 1000) / 1000;
+}
+
+std::string_view phase_name(proto::RecoveryPhase phase) {
+  switch (phase) {
+  case proto::DETECTING: return "detecting";
+  case proto::FENCING: return "fencing";
+  case proto::RESTORING: return "restoring";
+  case proto::REPLAYING: return "replaying";
+  case proto::SERVING: return "serving";
+  default: return "unknown";
+  }
+}
+
+ordered_json to_json(const proto::Error& e) {
+  return {{"code", to_string(static_cast<error_code>(e.code()))},
+          {"cause", e.cause()},
+          {"cure", e.cure()},
+          {"origin", e.origin()}};
+}
+
+ordered_json to_json(const proto::ActorPlan& actor, proto::ProcessState state) {
+  ordered_json result;
+  result["id"] = actor.id();
+  if (actor.kind() == proto::STAGE) {
+    result["kind"] = "stage";
+    result["layers"] = {actor.first_layer(), actor.end_layer()};
+  } else {
+    result["kind"] = "expert_group";
+    result["experts"] = {actor.first_expert(), actor.end_expert()};
+  }
+  result["state"] = state_name(state);
+  return result;
+}
+
+ordered_json to_json(const proto::WorkerView& worker) {
+  ordered_json result{{"name", worker.plan().name()},        {"pid", worker.pid()},
+                      {"incarnation", worker.incarnation()}, {"state", state_name(worker.state())},
+                      {"device", worker.plan().device()},    {"actors", ordered_json::array()}};
+  for (const auto& actor : worker.plan().actors())
+    result["actors"].push_back(to_json(actor, worker.state()));
+  if (worker.error().code() != 0)
+    result["error"] = to_json(worker.error());
+  return result;
+}
+
+ordered_json to_json(const proto::RecoveryRecord& r) {
+  return {{"id", r.id()},
+          {"level", r.level()},
+          {"cause", r.cause()},
+          {"epoch", r.epoch()},
+          {"phase", phase_name(r.phase())},
+          {"detect_ms", rounded(r.detect_ms())},
+          {"fence_ms", rounded(r.fence_ms())},
+          {"restore_ms", rounded(r.restore_ms())},
+          {"first_token_ms", rounded(r.first_token_ms())},
+          {"requests", r.requests()},
+          {"tokens_replayed", r.tokens_replayed()}};
+}
+
+} // namespace
+
+std::string_view state_name(proto::ProcessState state) {
+  switch (state) {
+  case proto::STARTING: return "starting";
+  case proto::LOADING: return "loading";
+  case proto::RUNNING: return "running";
+  case proto::LOST: return "lost";
+  case proto::FAILED: return "failed";
+  default: return "unknown";
+  }
+}
+
+std::string status_json(const proto::ClusterStatus& status, bool ready) {
+  ordered_json result;
+  result["cluster"] = status.cluster();
+  result["ready"] = ready;
+  result["epoch"] = status.view().epoch();
+  result["endpoint"] = status.frontend().endpoint();
+  result["controller"] = {{"pid", status.controller_pid()},
+                          {"incarnation", status.controller_incarnation()}};
+  result["frontend"] = {{"pid", status.frontend().pid()},
+                        {"incarnation", status.frontend().incarnation()}};
+  result["nodes"] = ordered_json::array();
+  for (const auto& node : status.view().nodes()) {
+    ordered_json n{{"name", node.name()},
+                   {"host", node.host()},
+                   {"state", node.state() == proto::RUNNING ? "up" : state_name(node.state())},
+                   {"pid", node.pid()},
+                   {"workers", ordered_json::array()}};
+    for (const auto& worker : status.view().workers())
+      if (worker.plan().node() == node.name())
+        n["workers"].push_back(to_json(worker));
+    result["nodes"].push_back(std::move(n));
+  }
+  result["recoveries"] = ordered_json::array();
+  for (const auto& record : status.recoveries())
+    result["recoveries"].push_back(to_json(record));
+  if (status.error().code() != 0)
+    result["error"] = to_json(status.error());
+  return result.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
+} // namespace troupe::telemetry

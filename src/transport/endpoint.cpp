@@ -1,0 +1,458 @@
+#include "troupe/transport/endpoint.hpp"
+
+#include "troupe/transport/checksum.hpp"
+#include "troupe/transport/inbox.hpp"
+#include "troupe/transport/peer_table.hpp"
+#include "troupe/transport/ucx_worker.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <future>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <variant>
+
+#include <fmt/format.h>
+#include <pthread.h>
+#include <spdlog/spdlog.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+namespace troupe::transport {
+
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+constexpr std::chrono::microseconds max_spin{50};
+/// Events wake the thread; this only bounds the harm if one were ever missed.
+constexpr std::chrono::milliseconds longest_sleep{100};
+constexpr std::chrono::milliseconds sleep_for_hellos{10};
+/// After the drain of stop(): for the last bytes, and again for closed connections to report.
+constexpr std::chrono::milliseconds closing_time{200};
+
+struct connect_command {
+  std::string peer;
+  std::uint64_t incarnation;
+  std::string address;
+};
+
+struct disconnect_command {
+  std::string peer;
+};
+
+struct send_command {
+  std::unique_ptr<send_operation> operation;
+};
+
+/// A send that ends without UCX: refused, or to this process itself.
+struct local_command {
+  expected<frame> outcome;
+  completion done;
+};
+
+using command = std::variant<connect_command, disconnect_command, send_command, local_command>;
+
+class descriptor {
+public:
+  explicit descriptor(int fd) : fd_(fd) {}
+  descriptor(const descriptor&) = delete;
+  descriptor& operator=(const descriptor&) = delete;
+  ~descriptor() {
+    if (fd_ >= 0)
+      ::close(fd_);
+  }
+  int get() const { return fd_; }
+
+private:
+  int fd_;
+};
+
+tl::unexpected<error> system_failure(std::string_view call) {
+  return fail(error_code::io_failed, fmt::format("{}: {}", call, std::strerror(errno)),
+              "raise the limit of open files");
+}
+
+error stopped() {
+  return fail(error_code::unavailable, "this process's transport is stopped").value();
+}
+
+} // namespace
+
+std::vector<std::pair<std::string, std::string>> required_environment() {
+  return {{"UCX_HANDLE_ERRORS", "none"}, {"UCX_MEM_MMAP_HOOK_MODE", "none"}};
+}
+
+/// The progress thread and what it shares with the others: a queue of commands
+/// behind a mutex, and an event descriptor that wakes it.
+class endpoint::engine {
+public:
+  engine(endpoint_options options, endpoint_callbacks callbacks)
+    : pool(options.max_cached_bytes),
+      options_(std::move(options)),
+      callbacks_(std::move(callbacks)),
+      poll_(::epoll_create1(EPOLL_CLOEXEC)),
+      wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+
+  ~engine() { stop(default_drain); }
+
+  expected<void> start();
+  void post(command next);
+  void stop(std::chrono::milliseconds drain);
+
+  const endpoint_options& options() const { return options_; }
+  const std::string& address() const { return address_; }
+  std::size_t max_header() const { return max_header_; }
+
+  buffer_pool pool;
+
+private:
+  struct communication {
+    communication(ucx_worker opened, inbox::options receiving, buffer_pool pool,
+                  const proto::FrameHeader& own, peer_table::lost_callback on_lost)
+      : worker(std::move(opened)),
+        in(std::move(receiving), std::move(pool)),
+        peers(worker, in, own, std::move(on_lost)) {}
+    // UCX may still call back into the others while its worker is destroyed.
+    ~communication() { worker.close(); }
+
+    ucx_worker worker;
+    inbox in;
+    peer_table peers;
+  };
+
+  expected<std::unique_ptr<communication>> open();
+  expected<void> watch(int fd);
+  void run(std::promise<expected<void>> started);
+  void serve(communication& with);
+  bool shut_down(communication& with);
+  bool step(communication& with);
+  bool execute_commands(communication& with);
+  void execute(communication& with, command& next);
+  void sleep(communication& with);
+
+  const endpoint_options options_;
+  const endpoint_callbacks callbacks_;
+  descriptor poll_;
+  descriptor wake_;
+  std::string address_; // this and the next two: set before start() returns
+  std::size_t max_header_ = 0;
+  std::thread::id progress_thread_;
+  std::vector<command> executing_;
+
+  std::mutex mutex_;
+  std::vector<command> commands_;                // guarded by mutex_
+  bool stopping_ = false;                        // guarded by mutex_
+  std::optional<clock::time_point> drain_until_; // guarded by mutex_
+
+  std::mutex join_mutex_;
+  std::thread thread_; // guarded by join_mutex_
+};
+
+expected<void> endpoint::engine::start() {
+  if (poll_.get() < 0 || wake_.get() < 0)
+    return system_failure("creating event descriptors");
+  std::promise<expected<void>> started;
+  auto result = started.get_future();
+  // Signals are for the program's own threads.
+  sigset_t all;
+  sigset_t before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::optional<error> refused;
+  try {
+    thread_ = std::thread([this, promise = std::move(started)]() mutable {
+      ::pthread_setname_np(::pthread_self(), "transport");
+      run(std::move(promise));
+    });
+  } catch (const std::system_error& failure) {
+    refused = fail(error_code::resource_exhausted,
+                   fmt::format("cannot start the transport's thread: {}", failure.what()))
+                .value();
+  }
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (refused)
+    return tl::unexpected(std::move(*refused));
+  return result.get();
+}
+
+expected<std::unique_ptr<endpoint::engine::communication>> endpoint::engine::open() {
+  auto worker = ucx_worker::open(options_.transports, options_.interface);
+  if (!worker)
+    return tl::unexpected(std::move(worker).error());
+  inbox::options receiving;
+  receiving.max_payload = options_.max_payload;
+  receiving.checksums = options_.checksums;
+  receiving.on_frame = callbacks_.on_frame;
+  receiving.on_dropped = callbacks_.on_dropped;
+  proto::FrameHeader own;
+  own.set_sender(options_.name);
+  own.set_sender_incarnation(options_.incarnation);
+  auto result = std::make_unique<communication>(std::move(*worker), std::move(receiving), pool, own,
+                                                callbacks_.on_peer_lost);
+  if (auto done = result->in.listen(result->worker.get()); !done)
+    return tl::unexpected(std::move(done).error());
+  if (auto done = result->peers.listen(); !done)
+    return tl::unexpected(std::move(done).error());
+  for (const int fd : {result->worker.event_fd(), wake_.get()})
+    if (auto done = watch(fd); !done)
+      return tl::unexpected(std::move(done).error());
+  return result;
+}
+
+expected<void> endpoint::engine::watch(int fd) {
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.fd = fd;
+  if (::epoll_ctl(poll_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
+    return system_failure("watching an event descriptor");
+  return {};
+}
+
+void endpoint::engine::run(std::promise<expected<void>> started) {
+  auto opened = open();
+  if (!opened) {
+    started.set_value(tl::unexpected(std::move(opened).error()));
+    return;
+  }
+  auto& with = **opened;
+  address_ = with.worker.address();
+  max_header_ = with.worker.max_header();
+  progress_thread_ = std::this_thread::get_id();
+  started.set_value({});
+  serve(with);
+  if (!shut_down(with)) {
+    // UCX 1.13 aborts the process where a worker with cancelled transfers or unanswered
+    // handshakes is destroyed. Its peers know already; the rest ends with the process.
+    spdlog::info("transport of '{}' stopped amid transfers", options_.name);
+    [[maybe_unused]] const auto* left_behind = opened->release();
+  }
+}
+
+void endpoint::engine::serve(communication& with) {
+  const auto spin = std::min(options_.spin, max_spin);
+  auto last_event = clock::now();
+  while (true) {
+    {
+      std::lock_guard guard{mutex_};
+      if (stopping_)
+        return;
+    }
+    if (step(with)) {
+      if (spin.count() > 0)
+        last_event = clock::now();
+      continue;
+    }
+    if (spin.count() > 0 && clock::now() - last_event < spin)
+      continue;
+    sleep(with);
+  }
+}
+
+/// True when nothing is on its way any more, so that the worker may be destroyed.
+bool endpoint::engine::shut_down(communication& with) {
+  const auto work_until = [&](clock::time_point deadline, auto&& finished) {
+    while (!finished() && clock::now() < deadline)
+      if (!step(with))
+        sleep(with);
+  };
+  clock::time_point deadline;
+  {
+    std::lock_guard guard{mutex_};
+    deadline = *drain_until_;
+  }
+  execute_commands(with);
+  work_until(deadline, [&] { return !with.peers.has_sends_in_flight(); });
+  with.in.close();
+  with.peers.flush_all();
+  work_until(clock::now() + closing_time, [&] { return with.peers.all_flushed(); });
+  const auto at_rest = [&] {
+    return !with.peers.has_sends_in_flight() && with.peers.all_closed() && !with.in.is_receiving();
+  };
+  if (with.peers.all_flushed() && at_rest()) {
+    with.peers.say_goodbyes();
+    return true;
+  }
+  with.peers.close_all();
+  work_until(clock::now() + closing_time, at_rest);
+  return false;
+}
+
+/// True when something happened, so that more may be waiting.
+bool endpoint::engine::step(communication& with) {
+  bool busy = execute_commands(with);
+  busy |= with.worker.progress();
+  busy |= with.peers.settle();
+  return busy;
+}
+
+bool endpoint::engine::execute_commands(communication& with) {
+  {
+    std::lock_guard guard{mutex_};
+    executing_.swap(commands_);
+  }
+  for (auto& each : executing_)
+    execute(with, each);
+  const bool any = !executing_.empty();
+  executing_.clear();
+  return any;
+}
+
+void endpoint::engine::execute(communication& with, command& next) {
+  if (auto* send = std::get_if<send_command>(&next)) {
+    if (options_.tamper_header)
+      options_.tamper_header(send->operation->header);
+    with.peers.send(std::move(send->operation));
+  } else if (auto* local = std::get_if<local_command>(&next)) {
+    if (!local->outcome) {
+      local->done(tl::unexpected(std::move(local->outcome).error()));
+      return;
+    }
+    with.in.deliver(std::move(*local->outcome));
+    local->done({});
+  } else if (auto* connect = std::get_if<connect_command>(&next)) {
+    with.peers.connect(connect->peer, connect->incarnation, connect->address);
+  } else if (auto* disconnect = std::get_if<disconnect_command>(&next)) {
+    with.peers.disconnect(disconnect->peer);
+  }
+}
+
+/// Arming comes last: an event after it wakes the thread, one before it makes arming fail.
+void endpoint::engine::sleep(communication& with) {
+  if (!with.worker.arm())
+    return;
+  epoll_event events[2];
+  const auto limit = with.peers.awaits_hellos() ? sleep_for_hellos : longest_sleep;
+  ::epoll_wait(poll_.get(), events, 2, static_cast<int>(limit.count()));
+  std::uint64_t count = 0;
+  // Empty unless a command woke the thread, which is no error.
+  [[maybe_unused]] const auto size = ::read(wake_.get(), &count, sizeof count);
+}
+
+void endpoint::engine::post(command next) {
+  bool refused = false;
+  bool first = false;
+  {
+    std::lock_guard guard{mutex_};
+    refused = stopping_;
+    first = commands_.empty();
+    if (!refused)
+      commands_.push_back(std::move(next));
+  }
+  if (refused) {
+    if (auto* send = std::get_if<send_command>(&next))
+      send->operation->done(tl::unexpected(stopped()));
+    else if (auto* local = std::get_if<local_command>(&next))
+      local->done(tl::unexpected(stopped()));
+    return;
+  }
+  if (first && std::this_thread::get_id() != progress_thread_)
+    ::eventfd_write(wake_.get(), 1);
+}
+
+void endpoint::engine::stop(std::chrono::milliseconds drain) {
+  {
+    std::lock_guard guard{mutex_};
+    stopping_ = true;
+    if (!drain_until_)
+      drain_until_ = clock::now() + drain;
+  }
+  if (std::this_thread::get_id() == progress_thread_) {
+    spdlog::error("transport: stop() called from a callback of its own; not waiting for the end");
+    return;
+  }
+  ::eventfd_write(wake_.get(), 1);
+  std::lock_guard guard{join_mutex_};
+  if (thread_.joinable())
+    thread_.join();
+}
+
+expected<std::unique_ptr<endpoint>> endpoint::start(endpoint_options options,
+                                                    endpoint_callbacks callbacks) {
+  if (options.name.empty() || !callbacks.on_frame || !callbacks.on_peer_lost)
+    return fail(error_code::invalid_request,
+                "an endpoint needs a name and the callbacks on_frame and on_peer_lost");
+  if (!callbacks.on_dropped)
+    callbacks.on_dropped = [](const proto::FrameHeader&, const error& why) {
+      spdlog::warn("frame dropped: {}", why.text());
+    };
+  auto made = std::make_unique<engine>(std::move(options), std::move(callbacks));
+  if (auto done = made->start(); !done)
+    return tl::unexpected(std::move(done).error());
+  return std::unique_ptr<endpoint>(new endpoint(std::move(made)));
+}
+
+endpoint::endpoint(std::unique_ptr<engine> started) : engine_(std::move(started)) {}
+
+endpoint::~endpoint() = default;
+
+const std::string& endpoint::address() const {
+  return engine_->address();
+}
+
+void endpoint::connect(std::string peer, std::uint64_t incarnation, std::string address) {
+  engine_->post(connect_command{std::move(peer), incarnation, std::move(address)});
+}
+
+void endpoint::disconnect(std::string peer) {
+  engine_->post(disconnect_command{std::move(peer)});
+}
+
+void endpoint::send(std::string_view peer, proto::FrameHeader header, payload_view payload,
+                    completion done) {
+  const auto& options = engine_->options();
+  if (!done)
+    done = [](const expected<void>&) {};
+  header.set_sender(options.name);
+  header.set_sender_incarnation(options.incarnation);
+  header.clear_checksum();
+  if (payload.bytes.size() > options.max_payload) {
+    auto refusal = fail(error_code::too_large,
+                        fmt::format("a frame of {} bytes to '{}' exceeds the limit of {}",
+                                    payload.bytes.size(), peer, options.max_payload),
+                        "send fewer rows at once");
+    engine_->post(local_command{std::move(refusal), std::move(done)});
+    return;
+  }
+  if (peer == options.name) {
+    auto copy = engine_->pool.take(payload.bytes.size());
+    if (!copy) {
+      engine_->post(local_command{tl::unexpected(std::move(copy).error()), std::move(done)});
+      return;
+    }
+    if (!copy->empty())
+      std::memcpy(copy->data(), payload.bytes.data(), copy->size());
+    engine_->post(local_command{frame{std::move(header), std::move(*copy)}, std::move(done)});
+    return;
+  }
+  if (options.checksums)
+    header.set_checksum(checksum(payload.bytes));
+  auto operation = std::make_unique<send_operation>();
+  operation->to = peer;
+  operation->header = header.SerializeAsString();
+  operation->payload = std::move(payload);
+  operation->done = std::move(done);
+  if (operation->header.size() > engine_->max_header()) {
+    auto refusal = fail(error_code::too_large,
+                        fmt::format("a frame header of {} bytes to '{}' exceeds UCX's limit of {}",
+                                    operation->header.size(), peer, engine_->max_header()),
+                        "shorten the worker's name");
+    engine_->post(local_command{std::move(refusal), std::move(operation->done)});
+    return;
+  }
+  engine_->post(send_command{std::move(operation)});
+}
+
+void endpoint::stop(std::chrono::milliseconds drain) {
+  engine_->stop(drain);
+}
+
+buffer_pool& endpoint::pool() {
+  return engine_->pool;
+}
+
+} // namespace troupe::transport

@@ -1,0 +1,197 @@
+#include "troupe/model/model_config.hpp"
+
+#include "tiny_checkpoint.hpp"
+
+#include <catch2/catch.hpp>
+
+using namespace troupe;
+using namespace troupe::model;
+using nlohmann::json;
+
+namespace {
+
+error refused(const json& config) {
+  auto result = parse_model_config(config.dump(), "dir/config.json");
+  REQUIRE_FALSE(result);
+  CHECK(result.error().code == error_code::invalid_model);
+  CHECK_THAT(result.error().cause, Catch::Contains("dir/config.json"));
+  return result.error();
+}
+
+} // namespace
+
+TEST_CASE("the demo model's config and generation defaults are read") {
+  auto config = load_model_config(TROUPE_SOURCE_DIR "/configs/models/troupe-mini");
+  REQUIRE(config);
+  CHECK(config->vocab_size == 1024);
+  CHECK(config->hidden_size == 256);
+  CHECK(config->num_layers == 6);
+  CHECK(config->num_mtp_layers == 1);
+  CHECK(config->kv_dim() == 96);
+  CHECK(config->qk_head_dim() == 64);
+  CHECK_FALSE(config->is_moe_layer(0));
+  CHECK(config->is_moe_layer(1));
+  REQUIRE(config->fp8);
+  CHECK(config->fp8->block_cols == 128);
+  REQUIRE(config->yarn);
+  CHECK(config->yarn->factor == 4.0);
+  CHECK(config->bos_token == 1017);
+  CHECK(config->eos_tokens == std::vector<std::int32_t>{1018});
+  REQUIRE(config->default_temperature);
+  CHECK(*config->default_temperature == 0.6F);
+  CHECK(*config->default_top_p == 0.95F);
+}
+
+TEST_CASE("old and new spelling of rope scaling mean the same") {
+  auto old_style = test::tiny_config();
+  old_style["rope_scaling"] = {{"type", "yarn"},
+                               {"factor", 40},
+                               {"mscale", 0.7},
+                               {"mscale_all_dim", 0.8},
+                               {"original_max_position_embeddings", 16}};
+  old_style["rope_theta"] = 5000;
+  auto new_style = test::tiny_config();
+  new_style.erase("rope_theta");
+  new_style["rope_parameters"] = old_style["rope_scaling"];
+  new_style["rope_parameters"].erase("type");
+  new_style["rope_parameters"]["rope_type"] = "yarn";
+  new_style["rope_parameters"]["rope_theta"] = 5000;
+  auto a = parse_model_config(old_style.dump(), "a");
+  auto b = parse_model_config(new_style.dump(), "b");
+  REQUIRE(a);
+  REQUIRE(b);
+  for (const auto* config : {&*a, &*b}) {
+    CHECK(config->rope_theta == 5000.0);
+    REQUIRE(config->yarn);
+    CHECK(config->yarn->factor == 40.0);
+    CHECK(config->yarn->beta_fast == 32.0);
+    CHECK(config->yarn->beta_slow == 1.0);
+    CHECK(config->yarn->mscale == 0.7);
+    CHECK(config->yarn->mscale_all_dim == 0.8);
+    CHECK(config->yarn->original_max_positions == 16);
+  }
+  new_style["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 5000}};
+  auto plain = parse_model_config(new_style.dump(), "c");
+  REQUIRE(plain);
+  CHECK_FALSE(plain->yarn);
+}
+
+TEST_CASE("end-of-text ids may be a list and are joined with those of generation_config") {
+  auto text = test::tiny_config();
+  text["eos_token_id"] = {7, 3};
+  auto config = parse_model_config(text.dump(), "config.json");
+  REQUIRE(config);
+  REQUIRE(apply_generation_config(R"({"eos_token_id": [3, 5], "top_p": 0.5})", "g", *config));
+  CHECK(config->eos_tokens == std::vector<std::int32_t>{3, 5, 7});
+  CHECK(config->default_top_p == 0.5F);
+  CHECK_FALSE(config->default_temperature);
+  auto bad = apply_generation_config(R"({"temperature": "hot"})", "g.json", *config);
+  REQUIRE_FALSE(bad);
+  CHECK_THAT(bad.error().cause, Catch::Contains("g.json") && Catch::Contains("temperature"));
+}
+
+TEST_CASE("every required key is missed by name") {
+  for (const auto* key : {"model_type",
+                          "vocab_size",
+                          "hidden_size",
+                          "intermediate_size",
+                          "moe_intermediate_size",
+                          "num_hidden_layers",
+                          "num_attention_heads",
+                          "n_routed_experts",
+                          "n_group",
+                          "topk_group",
+                          "num_experts_per_tok",
+                          "first_k_dense_replace",
+                          "routed_scaling_factor",
+                          "kv_lora_rank",
+                          "qk_rope_head_dim",
+                          "qk_nope_head_dim",
+                          "v_head_dim",
+                          "max_position_embeddings",
+                          "rms_norm_eps",
+                          "rope_theta",
+                          "eos_token_id"}) {
+    auto text = test::tiny_config();
+    text.erase(key);
+    const auto error = refused(text);
+    CHECK_THAT(error.cause, Catch::Contains('"' + std::string(key) + "\" is missing"));
+    CHECK_FALSE(error.cure.empty());
+  }
+}
+
+TEST_CASE("wrong types and values are refused with the key and the value") {
+  const std::vector<std::pair<const char*, json>> wrong{
+    {"hidden_size", "12"},
+    {"hidden_size", 0},
+    {"hidden_size", -12},
+    {"hidden_size", 12.5},
+    {"hidden_size", 1LL << 40},
+    {"hidden_size", UINT64_MAX},
+    {"vocab_size", json::array()},
+    {"num_hidden_layers", true},
+    {"rms_norm_eps", "small"},
+    {"rms_norm_eps", -1.0},
+    {"rope_theta", 0},
+    {"eos_token_id", 32},
+    {"eos_token_id", "end"},
+    {"eos_token_id", {1, -1}},
+    {"bos_token_id", 99},
+    {"qk_rope_head_dim", 3},
+    {"n_group", 3},
+    {"n_group", 4},
+    {"topk_group", 3},
+    {"num_experts_per_tok", 3},
+    {"hidden_act", "gelu"},
+    {"scoring_func", "softmax"},
+    {"topk_method", "greedy"},
+    {"attention_bias", true},
+    {"rope_interleave", false},
+    {"norm_topk_prob", 1},
+    {"quantization_config", 8},
+    {"rope_scaling", "yarn"},
+    {"num_attention_heads", 1 << 14},
+  };
+  for (const auto& [key, value] : wrong) {
+    auto text = test::tiny_config();
+    text[key] = value;
+    if (std::string(key) == "num_attention_heads")
+      text["kv_lora_rank"] = 1 << 20;
+    const auto error = refused(text);
+    CHECK_THAT(error.cause, Catch::Contains('"' + std::string(key) + '"'));
+    CHECK_FALSE(error.cure.empty());
+  }
+}
+
+TEST_CASE("nested keys are named with their path") {
+  auto text = test::tiny_config();
+  text["quantization_config"] = {{"quant_method", "awq"}, {"bits", 4}};
+  CHECK_THAT(refused(text).cause,
+             Catch::Contains("quantization_config.quant_method") && Catch::Contains("awq"));
+  text["quantization_config"] = {{"quant_method", "fp8"}, {"weight_block_size", {128}}};
+  CHECK_THAT(refused(text).cause, Catch::Contains("quantization_config.weight_block_size"));
+  text = test::tiny_config();
+  text["rope_scaling"] = {{"type", "dynamic"}};
+  CHECK_THAT(refused(text).cause, Catch::Contains("rope_scaling.type"));
+  text["rope_scaling"] = {{"type", "yarn"}};
+  CHECK_THAT(refused(text).cause, Catch::Contains("rope_scaling.factor"));
+}
+
+TEST_CASE("other architectures, other JSON and missing files are refused clearly") {
+  auto text = test::tiny_config();
+  text["model_type"] = "llama";
+  const auto error = refused(text);
+  CHECK_THAT(error.cause, Catch::Contains("llama"));
+  CHECK_THAT(error.cure, Catch::Contains("deepseek_v3"));
+  for (const auto* broken : {"", "{", "[]", "{\"a\": \xff}", "nan"}) {
+    auto result = parse_model_config(broken, "x/config.json");
+    REQUIRE_FALSE(result);
+    CHECK(result.error().code == error_code::invalid_model);
+    CHECK_THAT(result.error().cause, Catch::Contains("x/config.json"));
+  }
+  const test::scratch_directory directory;
+  auto missing = load_model_config(directory.path());
+  REQUIRE_FALSE(missing);
+  CHECK(missing.error().code == error_code::invalid_model);
+  CHECK_THAT(missing.error().cause, Catch::Contains("config.json"));
+}

@@ -1,0 +1,43 @@
+#include "streams.hpp"
+
+#include <catch2/catch.hpp>
+
+using namespace troupe::process_tests;
+
+namespace {
+
+void check_config(const char* config) {
+  for (int chunk : {1, 7, 512}) {
+    INFO(config << " with prefill chunks of " << chunk << " tokens");
+    cluster c(config, {"serving.prefill_chunk_tokens=" + std::to_string(chunk)});
+    auto crowd = run_golden_crowd(c.endpoint());
+    INFO("in a crowd:\n" << lines(crowd));
+    CHECK(crowd.empty());
+    if (chunk == 7) {
+      std::vector<std::string> alone;
+      for (std::size_t i = 0; i < golden().size(); i += 4) {
+        auto got = stream_completion(c.endpoint(), golden_request(golden()[i]));
+        if (auto difference = got.difference(golden()[i]); !difference.empty())
+          alone.push_back(difference);
+      }
+      INFO("alone:\n" << lines(alone));
+      CHECK(alone.empty());
+    }
+    CHECK(c.status().at("recoveries").empty());
+    c.end();
+  }
+}
+
+} // namespace
+
+TEST_CASE("single.yaml gives the golden tokens") {
+  check_config("single.yaml");
+}
+
+TEST_CASE("local.yaml gives the golden tokens") {
+  check_config("local.yaml");
+}
+
+TEST_CASE("two-nodes.yaml gives the golden tokens") {
+  check_config("two-nodes.yaml");
+}

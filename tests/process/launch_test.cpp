@@ -1,0 +1,221 @@
+#include "streams.hpp"
+
+#include "troupe/base/unique_fd.hpp"
+
+#include <csignal>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <set>
+#include <sstream>
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <catch2/catch.hpp>
+#include <fmt/format.h>
+
+using namespace troupe::process_tests;
+namespace fs = std::filesystem;
+
+namespace {
+
+std::string read_file(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+void write_file(const fs::path& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  REQUIRE(file);
+}
+
+/// A model directory of our own: the demo model's files, of which some can be replaced.
+class model_copy {
+public:
+  model_copy() {
+    for (const auto& entry : fs::directory_iterator(source_path("configs/models/troupe-mini")))
+      fs::create_symlink(entry.path(), path() / entry.path().filename());
+  }
+  const fs::path& path() const { return directory_.path(); }
+  std::string read(const std::string& name) const { return read_file(path() / name); }
+  void replace(const std::string& name, const std::string& content) {
+    fs::remove(path() / name);
+    write_file(path() / name, content);
+  }
+  json read_json(const std::string& name) const { return json::parse(read(name)); }
+
+  /// The shard that has a tensor.
+  std::string shard_of(const std::string& tensor) const {
+    return read_json("model.safetensors.index.json").at("weight_map").at(tensor);
+  }
+
+private:
+  temporary_directory directory_;
+};
+
+/// `troupe up single.yaml` with `settings` over it has to fail and to name every culprit.
+void expect_refusal(const std::string& what, std::vector<std::string> settings,
+                    const std::vector<std::string>& culprits, fs::path config = {}) {
+  temporary_directory runtime;
+  if (config.empty())
+    config = source_path("configs/single.yaml");
+  std::vector<std::string> arguments{"up", config.string(), "--quiet", "--set",
+                                     "serving.listen=127.0.0.1:0"};
+  for (const auto& setting : settings)
+    arguments.insert(arguments.end(), {"--set", setting});
+  auto result = run_troupe(arguments, runtime.path());
+  INFO(what << ": exit code " << result.code << " after " << result.seconds << " s:\n"
+            << result.output);
+  CHECK(result.code == 1);
+  for (const auto& culprit : culprits) {
+    INFO("to be named: " << culprit);
+    CHECK(result.output.find(culprit) != std::string::npos);
+  }
+  CHECK(processes_under(runtime.path()).empty());
+}
+
+} // namespace
+
+TEST_CASE("impossible configs are refused by name") {
+  expect_refusal("unknown key", {"serving.lisen=3"}, {"serving.lisen"});
+  expect_refusal("wrong type", {"parallel.pipeline=two"}, {"parallel.pipeline", "two"});
+  expect_refusal("more stages than layers",
+                 {"parallel.pipeline=7", "nodes[0].devices=[cpu, cpu, cpu, cpu, cpu, cpu, cpu]"},
+                 {"parallel.pipeline", "7", "6"});
+  expect_refusal("expert groups that do not divide the experts",
+                 {"parallel.expert_groups=3", "nodes[0].devices=[cpu, cpu, cpu, cpu]"},
+                 {"parallel.expert_groups", "3", "16"});
+  expect_refusal("missing model", {"model.path=/nonexistent/model"}, {"/nonexistent/model"});
+
+  temporary_directory directory;
+  auto file = directory.path() / "bad.yaml";
+  write_file(file,
+             "cluster: bad\nmodel:\n  path: " + source_path("configs/models/troupe-mini").string()
+               + "\nservings:\n  listen: 127.0.0.1:0\n");
+  expect_refusal("unknown key in a file", {}, {"bad.yaml:4", "servings"}, file);
+  expect_refusal("missing config", {}, {"nowhere.yaml"}, directory.path() / "nowhere.yaml");
+}
+
+TEST_CASE("broken models are refused by name") {
+  SECTION("truncated safetensors") {
+    model_copy model;
+    auto name = std::string("model-00002-of-00002.safetensors");
+    auto content = model.read(name);
+    model.replace(name, content.substr(0, content.size() - 1000));
+    expect_refusal("truncated", {"model.path=" + model.path().string()}, {name});
+    model.replace(name, content.substr(0, 100));
+    expect_refusal("truncated in its header", {"model.path=" + model.path().string()}, {name});
+  }
+  SECTION("an index that names a missing shard") {
+    model_copy model;
+    auto index = model.read_json("model.safetensors.index.json");
+    index["weight_map"]["model.layers.2.mlp.experts.7.up_proj.weight"] =
+      "model-00003-of-00002.safetensors";
+    model.replace("model.safetensors.index.json", index.dump());
+    expect_refusal("missing shard", {"model.path=" + model.path().string()},
+                   {"model-00003-of-00002.safetensors"});
+  }
+  SECTION("a tensor of another shape than the config says") {
+    model_copy model;
+    auto config = model.read_json("config.json");
+    config["q_lora_rank"] = 96;
+    model.replace("config.json", config.dump());
+    expect_refusal("shape", {"model.path=" + model.path().string()}, {"q_a_proj", "96", "128"});
+  }
+  SECTION("a scale that is not a number") {
+    model_copy model;
+    const std::string tensor = "model.layers.4.mlp.experts.9.down_proj.weight_scale_inv";
+    auto shard = model.shard_of(tensor);
+    auto content = model.read(shard);
+    // safetensors: the header's size as u64, the header as JSON, then the tensors.
+    std::uint64_t header_size = 0;
+    std::memcpy(&header_size, content.data(), sizeof header_size);
+    auto header = json::parse(content.substr(8, header_size));
+    REQUIRE(header.at(tensor).at("dtype") == "F32");
+    auto at = 8 + header_size + header.at(tensor).at("data_offsets").at(0).get<std::uint64_t>();
+    float not_a_number = std::numeric_limits<float>::quiet_NaN();
+    std::memcpy(content.data() + at, &not_a_number, sizeof not_a_number);
+    model.replace(shard, content);
+    expect_refusal("NaN", {"model.path=" + model.path().string()}, {tensor});
+    expect_refusal("NaN in an expert group",
+                   {"model.path=" + model.path().string(), "parallel.expert_groups=2",
+                    "nodes[0].devices=[cpu, cpu, cpu]"},
+                   {tensor});
+  }
+}
+
+TEST_CASE("a port that is taken is named") {
+  troupe::unique_fd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  REQUIRE(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+  REQUIRE(::listen(fd.get(), 1) == 0);
+  socklen_t size = sizeof address;
+  REQUIRE(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0);
+  auto place = fmt::format("127.0.0.1:{}", ntohs(address.sin_port));
+  expect_refusal("port taken", {"serving.listen=" + place}, {place});
+}
+
+TEST_CASE("of two clusters with the same name the second is refused, and the first runs on") {
+  cluster c("single.yaml");
+  auto second = run_troupe({"up", source_path("configs/single.yaml"), "--quiet", "--set",
+                            "serving.listen=127.0.0.1:0", "--set", "cluster=" + c.name()},
+                           c.runtime_directory());
+  INFO(second.output);
+  CHECK(second.code == 1);
+  CHECK(second.output.find(c.name()) != std::string::npos);
+  CHECK(second.output.find("running already") != std::string::npos);
+  CHECK(c.launcher().wait(0ms) == std::nullopt);
+  auto got = stream_completion(c.endpoint(), golden_request(golden()[3]));
+  CHECK(got.difference(golden()[3]) == "");
+  // The refused one must not have taken the state away from the other commands either.
+  auto status = run_troupe({"status", c.name(), "--json"}, c.runtime_directory());
+  INFO(status.output);
+  CHECK(status.code == 0);
+  CHECK(json::parse(status.output, nullptr, false).value("cluster", "") == c.name());
+  c.end();
+}
+
+TEST_CASE("troupe down ends a cluster, and says so when there is none") {
+  cluster c("local.yaml");
+  auto down = run_troupe({"down", c.name()}, c.runtime_directory());
+  INFO(down.output);
+  CHECK(down.code == 0);
+  auto exit = c.launcher().wait(5s);
+  REQUIRE(exit);
+  CHECK(exit->text() == "exited with code 0");
+  CHECK(processes_under(c.runtime_directory()).empty());
+  auto again = run_troupe({"down", c.name()}, c.runtime_directory());
+  INFO(again.output);
+  CHECK(again.code == 1);
+  CHECK(again.output.find("no cluster") != std::string::npos);
+}
+
+TEST_CASE("nothing outlives a launcher that is killed") {
+  cluster c("local.yaml");
+  // The launcher, the controller, the frontend, the node and its four workers.
+  CHECK(processes_under(c.runtime_directory()).size() == 8);
+  golden_load load(c.endpoint(), 8);
+  std::this_thread::sleep_for(200ms);
+  c.end_by_killing_the_launcher(2s);
+  load.finish();
+  CHECK_FALSE(load.problems().empty()); // its clients were told
+  // The name is free again.
+  auto status = run_troupe({"status", c.name()}, c.runtime_directory());
+  CHECK(status.code == 1);
+}
+
+TEST_CASE("a cluster that is stopped while it works ends cleanly") {
+  cluster c("local.yaml");
+  golden_load load(c.endpoint(), 2);
+  std::this_thread::sleep_for(200ms);
+  c.end();
+  load.finish();
+}

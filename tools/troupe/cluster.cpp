@@ -1,0 +1,261 @@
+#include "commands.hpp"
+
+#include "troupe/actors/cluster_plan.hpp"
+#include "troupe/actors/runtime.hpp"
+#include "troupe/base/identity.hpp"
+#include "troupe/base/log.hpp"
+#include "troupe/base/startup_report.hpp"
+#include "troupe/config/cluster_config.hpp"
+#include "troupe/http/client.hpp"
+#include "troupe/model/model_config.hpp"
+#include "troupe/placement/place.hpp"
+
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <memory>
+#include <thread>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+#include <unistd.h>
+
+namespace troupe::tools {
+
+namespace {
+
+using namespace std::chrono_literals;
+
+struct up_arguments {
+  actors::launch_options launch;
+  bool detach = false;
+  bool quiet = false;
+};
+
+void print_ready(const actors::cluster_state& state, double seconds) {
+  fmt::print("cluster {} is ready after {:.2f} s: {}\n", state.cluster, seconds, state.endpoint);
+  fmt::print("  troupe ask \"What is 347 + 86?\"\n  troupe status\n  troupe down\n");
+  std::fflush(stdout);
+}
+
+int up(up_arguments& arguments) {
+  set_process_name("launcher");
+  start_logging("warn");
+  actors::block_stop_signals();
+  auto& launch = arguments.launch;
+  launch.on_ready = print_ready;
+  if (!arguments.quiet)
+    launch.say = [](const std::string& line) {
+      fmt::print("  {}\n", line);
+      std::fflush(stdout);
+    };
+  auto ended = actors::launch(launch);
+  if (!ended)
+    return ended.error().code == error_code::cancelled ? 130 : complain(ended.error());
+  return EXIT_SUCCESS;
+}
+
+/// Leaves a launcher behind and returns when the cluster is ready or has failed.
+int up_detached(up_arguments& arguments) {
+  auto pipe = startup_pipe::open();
+  if (!pipe)
+    return complain(pipe.error());
+  pid_t child = ::fork();
+  if (child < 0)
+    return complain(fail(error_code::resource_exhausted, "cannot fork").value());
+  if (child > 0) {
+    auto started = pipe->wait(arguments.launch.patience + 30s);
+    if (!started)
+      return complain(started.error());
+    auto config = config::load(arguments.launch.config.file, arguments.launch.config.settings);
+    auto state = config ? actors::find_cluster(config->cluster) : tl::unexpected(config.error());
+    if (!state)
+      return complain(state.error());
+    fmt::print("cluster {} is ready: {}\n  `troupe status {}` shows it, `troupe down {}` ends it\n",
+               state->cluster, state->endpoint, state->cluster, state->cluster);
+    return EXIT_SUCCESS;
+  }
+  ::setsid();
+  int null_fd = ::open("/dev/null", O_RDWR | O_CLOEXEC);
+  ::dup2(null_fd, STDIN_FILENO);
+  ::dup2(null_fd, STDOUT_FILENO);
+  ::dup2(null_fd, STDERR_FILENO);
+  set_process_name("launcher");
+  start_logging("warn");
+  actors::block_stop_signals();
+  int report_fd = pipe->child_fd();
+  bool reported = false;
+  arguments.launch.on_ready = [&](const actors::cluster_state&, double) {
+    report_started(report_fd, 0);
+    reported = true;
+  };
+  auto ended = actors::launch(arguments.launch);
+  if (!ended && !reported)
+    report_not_started(report_fd, ended.error());
+  std::_Exit(ended ? EXIT_SUCCESS : EXIT_FAILURE);
+}
+
+std::string state_mark(const std::string& state) {
+  if (!has_colours())
+    return state;
+  bool good = state == "running" || state == "up";
+  return fmt::format("\033[{}m{}\033[0m", good ? 32 : 33, state);
+}
+
+void print_status(const nlohmann::json& s) {
+  fmt::print("cluster {} {}, epoch {}, {}\n", s.value("cluster", ""),
+             s.value("ready", false) ? "is ready" : "is NOT ready", s.value("epoch", 0),
+             s.value("endpoint", ""));
+  fmt::print("├─ controller  pid {}\n", s["controller"].value("pid", 0));
+  fmt::print("├─ frontend    pid {}\n", s["frontend"].value("pid", 0));
+  const auto& nodes = s["nodes"];
+  for (std::size_t n = 0; n < nodes.size(); ++n) {
+    bool last_node = n + 1 == nodes.size();
+    const auto& node = nodes[n];
+    fmt::print("{} {} on {}  pid {}  {}\n", last_node ? "└─" : "├─", node.value("name", ""),
+               node.value("host", ""), node.value("pid", 0), state_mark(node.value("state", "")));
+    const auto& workers = node["workers"];
+    for (std::size_t w = 0; w < workers.size(); ++w) {
+      const auto& worker = workers[w];
+      std::string actors;
+      for (const auto& actor : worker["actors"]) {
+        actors += (actors.empty() ? "" : ", ") + actor.value("id", "");
+        if (actor.contains("layers"))
+          actors += fmt::format(" (layers {}-{})", actor["layers"][0].get<int>(),
+                                actor["layers"][1].get<int>() - 1);
+        if (actor.contains("experts"))
+          actors += fmt::format(" (experts {}-{})", actor["experts"][0].get<int>(),
+                                actor["experts"][1].get<int>() - 1);
+      }
+      fmt::print("{}  {} {}  pid {}  incarnation {}  {}  {}: {}\n", last_node ? " " : "│",
+                 w + 1 == workers.size() ? "└─" : "├─", worker.value("name", ""),
+                 worker.value("pid", 0), worker.value("incarnation", 0),
+                 state_mark(worker.value("state", "")), worker.value("device", ""), actors);
+      if (worker.contains("error"))
+        fmt::print("{}       {}\n", last_node ? " " : "│", worker["error"].value("cause", ""));
+    }
+  }
+  const auto& recoveries = s["recoveries"];
+  if (recoveries.empty())
+    return;
+  fmt::print("recoveries ({} in all; the last ones):\n", recoveries.size());
+  for (std::size_t i = recoveries.size() > 5 ? recoveries.size() - 5 : 0; i < recoveries.size();
+       ++i) {
+    const auto& r = recoveries[i];
+    fmt::print("  #{} epoch {}  {}  restored after {:.0f} ms, first token after {:.0f} ms, {} "
+               "requests, {} tokens replayed\n",
+               r.value("id", 0), r.value("epoch", 0), r.value("cause", ""),
+               r.value("restore_ms", 0.0), r.value("first_token_ms", 0.0), r.value("requests", 0),
+               r.value("tokens_replayed", 0));
+  }
+}
+
+} // namespace
+
+void add_up(CLI::App& app, command& run) {
+  auto arguments = std::make_shared<up_arguments>();
+  auto* sub = app.add_subcommand("up", "Launch a cluster from a config file");
+  sub->footer("Example: troupe up configs/local.yaml --set serving.listen=127.0.0.1:9000");
+  sub->add_option("CONFIG", arguments->launch.config.file, "cluster file (YAML)")->required();
+  sub
+    ->add_option(
+      "--set", arguments->launch.config.settings,
+      "KEY=VALUE put over the file, for instance serving.listen=127.0.0.1:0 (repeatable)")
+    ->allow_extra_args(false);
+  sub->add_flag("--detach", arguments->detach,
+                "return when the cluster is ready; `troupe down` ends it");
+  sub->add_flag("--quiet", arguments->quiet, "no progress");
+  sub
+    ->add_option("--log-level", arguments->launch.log_level,
+                 "of all processes: debug, info, warn or error")
+    ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
+  sub->callback([arguments, &run] {
+    run = [arguments] { return arguments->detach ? up_detached(*arguments) : up(*arguments); };
+  });
+}
+
+void add_down(CLI::App& app, command& run) {
+  auto cluster = std::make_shared<std::string>();
+  auto* sub = app.add_subcommand("down", "End a running cluster");
+  sub->add_option("CLUSTER", *cluster, "its name; may be left out if only one runs");
+  sub->callback([cluster, &run] {
+    run = [cluster] {
+      auto state = actors::find_cluster(*cluster);
+      if (!state)
+        return complain(state.error());
+      ::kill(state->pid, SIGTERM);
+      for (auto waited = 0ms; waited < 15s; waited += 20ms) {
+        if (::kill(state->pid, 0) != 0) {
+          fmt::print("cluster {} has ended\n", state->cluster);
+          return EXIT_SUCCESS;
+        }
+        std::this_thread::sleep_for(20ms);
+      }
+      return complain(fail(error_code::deadline_exceeded,
+                           fmt::format("the launcher (pid {}) has not ended in 15 s", state->pid),
+                           fmt::format("kill -9 {} ends it with all its processes", state->pid))
+                        .value());
+    };
+  });
+}
+
+void add_status(CLI::App& app, command& run) {
+  struct arguments {
+    std::string cluster, endpoint;
+    bool json = false;
+  };
+  auto given = std::make_shared<arguments>();
+  auto* sub = app.add_subcommand("status", "Show what runs where, and what has been recovered");
+  sub->add_option("CLUSTER", given->cluster, "its name; may be left out if only one runs");
+  sub->add_option("--endpoint", given->endpoint,
+                  "ask this frontend instead, for instance 10.0.0.1:8000");
+  sub->add_flag("--json", given->json, "for programs; the same as GET /v1/cluster");
+  sub->callback([given, &run] {
+    run = [given] {
+      auto endpoint = resolve_endpoint(given->cluster, given->endpoint);
+      if (!endpoint)
+        return complain(endpoint.error());
+      auto answer = http::fetch({"GET", *endpoint + "/v1/cluster", {}, {}}, 5000ms);
+      if (!answer)
+        return complain(answer.error());
+      if (given->json) {
+        fmt::print("{}\n", answer->body);
+        return EXIT_SUCCESS;
+      }
+      auto status = nlohmann::json::parse(answer->body, nullptr, false);
+      if (!status.is_object() || !status.contains("nodes"))
+        return complain(fail(error_code::internal, *endpoint + " is no troupe frontend").value());
+      print_status(status);
+      return EXIT_SUCCESS;
+    };
+  });
+}
+
+void add_plan(CLI::App& app, command& run) {
+  auto source = std::make_shared<actors::config_source>();
+  auto* sub =
+    app.add_subcommand("plan", "Check a config and its model, and show what would run where");
+  sub->add_option("CONFIG", source->file, "cluster file (YAML)")->required();
+  sub->add_option("--set", source->settings, "KEY=VALUE put over the file")
+    ->allow_extra_args(false);
+  sub->callback([source, &run] {
+    run = [source] {
+      auto config = config::load(source->file, source->settings);
+      if (!config)
+        return complain(config.error());
+      if (auto checked = actors::check_before_launch(*config); !checked)
+        return complain(checked.error());
+      auto model = model::load_model_config(config->model.path);
+      if (!model)
+        return complain(model.error());
+      auto placed = placement::place(*config, actors::shape_of(*model));
+      if (!placed)
+        return complain(placed.error());
+      fmt::print("{}", placement::describe(*placed));
+      return EXIT_SUCCESS;
+    };
+  });
+}
+
+} // namespace troupe::tools

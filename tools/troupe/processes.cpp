@@ -1,0 +1,140 @@
+#include "commands.hpp"
+
+#include "troupe/actors/runtime.hpp"
+#include "troupe/base/identity.hpp"
+#include "troupe/base/log.hpp"
+
+#include <memory>
+
+#include <fmt/format.h>
+
+namespace troupe::tools {
+
+namespace {
+
+/// Options that several processes share.
+struct process_arguments {
+  actors::config_source config;
+  std::string name;
+  std::uint64_t incarnation = 1;
+  std::uint16_t port = 0;
+  std::uint16_t controller_port = 0;
+  std::string peer; ///< HOST:PORT
+  std::string bind = "127.0.0.1";
+  std::string log_directory;
+  std::string log_level = "info";
+  std::uint32_t heartbeat_ms = 100;
+  int startup_fd = -1;
+};
+
+using arguments_ptr = std::shared_ptr<process_arguments>;
+
+void begin(const process_arguments& arguments, const std::string& name) {
+  set_process_name(name);
+  start_logging(arguments.log_level);
+  actors::block_stop_signals();
+}
+
+CLI::App* declare(CLI::App& app, const char* name, const char* help,
+                  const arguments_ptr& arguments) {
+  auto* sub = app.add_subcommand(name, help);
+  sub->group("Processes (started by the others)");
+  sub->add_option("--incarnation", arguments->incarnation,
+                  "how often this process has been started");
+  sub->add_option("--log-level", arguments->log_level, "debug, info, warn or error");
+  sub->add_option("--heartbeat-ms", arguments->heartbeat_ms, "between two signs of life");
+  sub->add_option("--startup-fd", arguments->startup_fd, "pipe to the launcher");
+  return sub;
+}
+
+void add_config(CLI::App* sub, const arguments_ptr& arguments) {
+  sub->add_option("--config", arguments->config.file, "cluster file")->required();
+  sub->add_option("--set", arguments->config.settings, "KEY=VALUE put over the file")
+    ->allow_extra_args(false);
+}
+
+/// HOST and PORT of "HOST:PORT".
+std::pair<std::string, std::uint16_t> split_peer(const std::string& peer) {
+  auto colon = peer.rfind(':');
+  return {peer.substr(0, colon), static_cast<std::uint16_t>(std::stoul(peer.substr(colon + 1)))};
+}
+
+} // namespace
+
+void add_processes(CLI::App& app, command& run) {
+  auto arguments = std::make_shared<process_arguments>();
+  CLI::Validator host_port(
+    [](const std::string& text) {
+      auto colon = text.rfind(':');
+      bool ok = colon != std::string::npos && colon > 0 && colon + 1 < text.size()
+                && text.find_first_not_of("0123456789", colon + 1) == std::string::npos
+                && text.size() - colon <= 6 && std::stoul(text.substr(colon + 1)) <= 65535;
+      return ok ? std::string() : "'" + text + "' is not HOST:PORT";
+    },
+    "HOST:PORT");
+
+  auto* controller = declare(app, "controller", "Membership, placement, epochs", arguments);
+  add_config(controller, arguments);
+  controller->add_option("--port", arguments->port, "listen here; 0: any port");
+  controller->callback([arguments, &run] {
+    run = [arguments] {
+      begin(*arguments, "controller");
+      return actors::run_controller(
+        {arguments->config, arguments->incarnation, arguments->port, arguments->startup_fd});
+    };
+  });
+
+  auto* frontend = declare(app, "frontend", "HTTP, scheduling", arguments);
+  add_config(frontend, arguments);
+  frontend->add_option("--port", arguments->port, "listen here instead of where the config says");
+  frontend->add_option("--controller-port", arguments->controller_port, "of the controller")
+    ->required();
+  frontend->callback([arguments, &run] {
+    run = [arguments] {
+      begin(*arguments, "frontend");
+      return actors::run_frontend({arguments->config, arguments->incarnation,
+                                   arguments->controller_port, arguments->port,
+                                   arguments->startup_fd});
+    };
+  });
+
+  auto* node =
+    declare(app, "node", "Parent of a host's workers and keeper of their memory", arguments);
+  node->add_option("--name", arguments->name, "as in the cluster file")->required();
+  node->add_option("--controller", arguments->peer, "HOST:PORT of the controller")
+    ->required()
+    ->check(host_port);
+  node->add_option("--bind", arguments->bind, "address that workers and peers reach this node at");
+  node->add_option("--log-directory", arguments->log_directory, "one log a worker goes here");
+  node->callback([arguments, &run] {
+    run = [arguments] {
+      begin(*arguments, arguments->name);
+      actors::node_options options;
+      options.name = arguments->name;
+      options.incarnation = arguments->incarnation;
+      std::tie(options.controller_host, options.controller_port) = split_peer(arguments->peer);
+      options.bind = arguments->bind;
+      options.log_directory = arguments->log_directory;
+      options.log_level = arguments->log_level;
+      return actors::run_node(std::move(options), arguments->heartbeat_ms);
+    };
+  });
+
+  auto* worker = declare(app, "worker", "Stages and expert groups of one device", arguments);
+  worker->add_option("--name", arguments->name, "NODE/worker-N")->required();
+  worker->add_option("--node", arguments->peer, "HOST:PORT of the node process")
+    ->required()
+    ->check(host_port);
+  worker->callback([arguments, &run] {
+    run = [arguments] {
+      begin(*arguments, arguments->name);
+      actors::worker_options options;
+      options.name = arguments->name;
+      options.incarnation = arguments->incarnation;
+      std::tie(options.node_host, options.node_port) = split_peer(arguments->peer);
+      return actors::run_worker(std::move(options), arguments->heartbeat_ms);
+    };
+  });
+}
+
+} // namespace troupe::tools
