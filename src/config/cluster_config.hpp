@@ -75,7 +75,7 @@ struct serving_settings {
 
 struct recovery_settings {
   std::uint32_t heartbeat_ms = 100;
-  std::uint32_t hang_ms = 800;    ///< without progress for so long, a process counts as hung
+  std::uint32_t hang_ms = 800;    ///< checked only: hung processes are not detected yet
   std::uint32_t max_restarts = 5; ///< of one worker within `within_s`; one more escalates
   std::uint32_t within_s = 60;
   std::uint32_t spares = 0;
