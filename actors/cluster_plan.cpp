@@ -1,5 +1,6 @@
 #include "troupe/actors/cluster_plan.hpp"
 
+#include "troupe/memory/page_seals.hpp"
 #include "troupe/model/chat_template.hpp"
 #include "troupe/model/checkpoint.hpp"
 #include "troupe/model/tokenizer.hpp"
@@ -9,6 +10,7 @@
 #include <map>
 #include <string>
 #include <thread>
+#include <vector>
 
 namespace troupe::actors {
 
@@ -16,6 +18,30 @@ namespace {
 
 /// KV pages hold activations, which are float32 on the CPU.
 constexpr std::uint64_t kv_element_bytes = 4;
+
+/// Bytes of a weight, about: the families are published in one or two bytes.
+constexpr std::uint64_t weight_element_bytes = 2;
+
+/// What an actor's weights take, about.
+std::uint64_t weight_bytes(const placement::actor& actor, const placement::model_shape& shape,
+                           bool experts_inside, std::uint32_t num_layers) {
+  std::uint64_t weights = 0;
+  if (actor.kind == placement::actor_kind::stage) {
+    for (auto layer = actor.first_layer; layer < actor.end_layer; ++layer) {
+      weights += shape.is_moe(layer) ? shape.moe_layer_cost : shape.dense_layer_cost;
+      if (shape.is_moe(layer) && experts_inside)
+        weights += shape.routed_experts_cost;
+    }
+    if (actor.first_layer == 0 || actor.end_layer == num_layers)
+      weights += shape.head_cost; // the embedding is as large as the head
+  } else {
+    for (std::uint32_t layer = 0; layer < num_layers; ++layer)
+      if (shape.is_moe(layer))
+        weights +=
+          shape.routed_experts_cost / shape.num_experts * (actor.end_expert - actor.first_expert);
+  }
+  return weights * weight_element_bytes;
+}
 
 std::uint64_t mlp_size(std::int32_t hidden, std::int32_t intermediate) {
   return 3 * static_cast<std::uint64_t>(hidden) * static_cast<std::uint64_t>(intermediate);
@@ -50,7 +76,8 @@ placement::model_shape shape_of(const model::model_config& m) {
 
 expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& cluster,
                                                const model::model_config& model) {
-  auto placed = placement::place(cluster, shape_of(model));
+  auto shape = shape_of(model);
+  auto placed = placement::place(cluster, shape);
   if (!placed)
     return tl::unexpected(placed.error());
   const auto& serving = cluster.serving;
@@ -77,12 +104,32 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   plan.set_recovery_deadline_ms(cluster.recovery.deadline_ms);
   plan.set_max_restarts(cluster.recovery.max_restarts);
   plan.set_within_s(cluster.recovery.within_s);
+  plan.set_standbys(cluster.recovery.standbys);
+  plan.set_node_grace_ms(cluster.recovery.node_grace_ms);
+  plan.set_suspicion(cluster.recovery.suspicion);
+  plan.set_resend_ms(cluster.recovery.resend_ms);
+  plan.set_dispatch_timeout_ms(cluster.recovery.dispatch_timeout_ms);
+  plan.set_unprotected(cluster.recovery.level == config::protection::off);
+  plan.set_retain_s(serving.retain_s);
   bool is_local = cluster.network.bind.starts_with("127.") || cluster.network.bind == "::1";
   plan.set_transport_interface(is_local ? "lo" : "");
   auto workers = static_cast<std::uint32_t>(std::max<std::size_t>(1, placed->workers.size()));
   auto cores = std::max(1U, std::thread::hardware_concurrency());
   plan.set_compute_threads(serving.threads != 0 ? serving.threads : std::max(1U, cores / workers));
-  for (const auto& worker : placed->workers) {
+  // Every device has a worker in the plan; those without actors are spares.
+  std::map<std::string, const placement::worker*> by_name;
+  for (const auto& worker : placed->workers)
+    by_name.emplace(worker.name, &worker);
+  std::vector<placement::worker> all;
+  for (const auto& node : cluster.nodes)
+    for (std::size_t i = 0; i < node.devices.size(); ++i) {
+      auto name = placement::worker_name(node.name, i);
+      auto found = by_name.find(name);
+      all.push_back(found != by_name.end()
+                      ? *found->second
+                      : placement::worker{name, node.name, node.devices[i].name(), {}});
+    }
+  for (const auto& worker : all) {
     auto* w = plan.add_workers();
     w->set_name(worker.name);
     w->set_node(worker.node);
@@ -99,10 +146,13 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
       a->set_end_layer(actor.end_layer);
       a->set_first_expert(actor.first_expert);
       a->set_end_expert(actor.end_expert);
+      a->set_weight_bytes(
+        weight_bytes(actor, shape, plan.num_expert_groups() == 0, shape.num_layers));
       if (is_stage)
         a->set_kv_bytes(std::uint64_t{actor.end_layer - actor.first_layer} * plan.kv_pages()
-                        * plan.page_tokens() * static_cast<std::uint64_t>(model.kv_dim())
-                        * kv_element_bytes);
+                          * plan.page_tokens() * static_cast<std::uint64_t>(model.kv_dim())
+                          * kv_element_bytes
+                        + memory::page_seals::bytes(plan.kv_pages()));
     }
   }
   return plan;

@@ -35,6 +35,21 @@ const proto::WorkerView* find_stage(const proto::ClusterView& view, std::uint32_
   });
 }
 
+const proto::ActorPlan* find_stage(const proto::WorkerView& worker, std::uint32_t replica,
+                                   std::uint32_t index) {
+  for (const auto& a : worker.plan().actors())
+    if (a.kind() == proto::STAGE && a.replica() == replica && a.index() == index)
+      return &a;
+  return nullptr;
+}
+
+std::uint64_t kv_generation(const proto::WorkerView& worker, const std::string& actor) {
+  for (const auto& kv : worker.kv())
+    if (kv.actor() == actor)
+      return kv.generation();
+  return 0;
+}
+
 const proto::WorkerView* find_expert_group(const proto::ClusterView& view, std::uint32_t index,
                                            std::uint32_t copy) {
   return find_worker(view, [&](const proto::ActorPlan& a) {

@@ -2,6 +2,7 @@
 
 #include "troupe/base/identity.hpp"
 
+#include <map>
 #include <utility>
 
 #include <spdlog/spdlog.h>
@@ -16,6 +17,25 @@ constexpr std::size_t max_held_frames = 1024;
 
 /// What stop() gives sends that are under way.
 constexpr auto drain_time = std::chrono::milliseconds(200);
+
+/// Logs frames that were dropped: the first at once, more of them once a second. Nothing is lost by
+/// one: who needs it asks again.
+class drop_log {
+public:
+  void add(const error& why) {
+    ++num_;
+    auto now = std::chrono::steady_clock::now();
+    if (now - last_ < std::chrono::seconds(1))
+      return;
+    spdlog::warn("{} frame(s) dropped; {}", num_, why.text());
+    last_ = now;
+    num_ = 0;
+  }
+
+private:
+  std::uint64_t num_ = 0;
+  std::chrono::steady_clock::time_point last_{};
+};
 
 } // namespace
 
@@ -45,15 +65,12 @@ bool reply_box::take(std::vector<frame_ptr>& out, time_point deadline) {
   return true;
 }
 
-expected<std::shared_ptr<data_plane>> data_plane::start(const std::string& worker,
-                                                        std::uint64_t incarnation,
-                                                        const std::string& interface) {
+expected<std::shared_ptr<data_plane>> data_plane::prepare(const std::string& interface,
+                                                          bool checksums) {
   std::shared_ptr<data_plane> plane(new data_plane);
-  plane->name_ = worker;
   transport::endpoint_options options;
-  options.name = worker;
-  options.incarnation = incarnation;
   options.interface = interface;
+  options.checksums = checksums;
   transport::endpoint_callbacks callbacks;
   auto* raw = plane.get();
   callbacks.on_frame = [raw](transport::frame arrived) {
@@ -63,10 +80,27 @@ expected<std::shared_ptr<data_plane>> data_plane::start(const std::string& worke
     spdlog::info("lost {} (incarnation {}): {}", peer, lost, why.cause);
     raw->lose(peer, lost);
   };
+  callbacks.on_dropped = [log = std::make_shared<drop_log>()](const proto::FrameHeader&,
+                                                              const error& why) { log->add(why); };
   auto endpoint = transport::endpoint::start(options, std::move(callbacks));
   if (!endpoint)
     return tl::unexpected(endpoint.error());
   plane->endpoint_ = std::move(*endpoint);
+  return plane;
+}
+
+void data_plane::identify(const std::string& worker, std::uint64_t incarnation) {
+  name_ = worker;
+  endpoint_->identify(worker, incarnation);
+}
+
+expected<std::shared_ptr<data_plane>> data_plane::start(const std::string& worker,
+                                                        std::uint64_t incarnation,
+                                                        const std::string& interface,
+                                                        bool checksums) {
+  auto plane = prepare(interface, checksums);
+  if (plane)
+    (*plane)->identify(worker, incarnation);
   return plane;
 }
 
@@ -99,6 +133,8 @@ void data_plane::route_replies(std::uint32_t replica, std::uint32_t stage,
 
 void data_plane::deliver(frame_ptr arrived) {
   const auto& header = arrived->header;
+  if (num_suspects_.load(std::memory_order_relaxed) != 0)
+    trust(header.sender());
   std::pair<std::uint32_t, std::uint32_t> key{header.replica(), header.actor_index()};
   switch (header.kind()) {
   case proto::BOUNDARY:
@@ -133,11 +169,38 @@ void data_plane::lose(const std::string& worker, std::uint64_t incarnation) {
       return;
     found->second.lost = true;
   }
+  num_changes_.fetch_add(1, std::memory_order_release);
   nudge_all();
+}
+
+void data_plane::suspect(const target& silent) {
+  std::lock_guard lock(mutex_);
+  auto found = peers_.find(silent.worker);
+  if (found == peers_.end() || found->second.incarnation != silent.incarnation)
+    return;
+  if (found->second.suspect_until == time_point{})
+    num_suspects_.fetch_add(1, std::memory_order_relaxed);
+  found->second.suspect_until = std::chrono::steady_clock::now() + suspicion;
+  num_changes_.fetch_add(1, std::memory_order_release);
+}
+
+void data_plane::trust(const std::string& worker) {
+  std::lock_guard lock(mutex_);
+  auto found = peers_.find(worker);
+  if (found == peers_.end() || found->second.suspect_until == time_point{})
+    return;
+  found->second.suspect_until = {};
+  num_suspects_.fetch_sub(1, std::memory_order_relaxed);
+  num_changes_.fetch_add(1, std::memory_order_release);
 }
 
 void data_plane::take_view(const proto::ClusterView& view) {
   std::vector<std::pair<std::string, std::vector<held_frame>>> released;
+  auto renew = [this](peer& p, std::uint64_t incarnation) {
+    if (p.suspect_until != time_point{})
+      num_suspects_.fetch_sub(1, std::memory_order_relaxed);
+    p = {incarnation, false, {}};
+  };
   {
     std::lock_guard lock(mutex_);
     if (view.version() <= version_)
@@ -145,20 +208,26 @@ void data_plane::take_view(const proto::ClusterView& view) {
     version_ = view.version();
     epoch_ = view.epoch();
     groups_.clear();
+    std::string own_node;
+    for (const auto& worker : view.workers())
+      if (worker.plan().name() == name_)
+        own_node = worker.plan().node();
     for (const auto& worker : view.workers()) {
       const auto& name = worker.plan().name();
       bool runs = worker.state() == proto::RUNNING;
       peer& p = peers_[name];
       if (runs && p.incarnation != worker.incarnation()) {
         endpoint_->connect(name, worker.incarnation(), worker.transport_address());
-        p = {worker.incarnation(), false};
+        renew(p, worker.incarnation());
       } else if (!runs && p.incarnation != 0) {
         endpoint_->disconnect(name);
-        p = {};
+        renew(p, 0);
       }
+      bool is_near = worker.plan().node() == own_node;
       for (const auto& actor : worker.plan().actors())
         if (actor.kind() == proto::EXPERT_GROUP)
-          groups_[actor.index()].push_back({name, runs ? worker.incarnation() : 0});
+          groups_[actor.index()].push_back(
+            {{name, runs ? worker.incarnation() : 0}, false, is_near, {}});
       auto held = held_.find(name);
       if (runs && held != held_.end()) {
         released.emplace_back(name, std::move(held->second));
@@ -166,6 +235,7 @@ void data_plane::take_view(const proto::ClusterView& view) {
       }
     }
   }
+  num_changes_.fetch_add(1, std::memory_order_release);
   for (auto& [name, frames] : released)
     for (auto& f : frames)
       send({name, f.incarnation}, std::move(f.header), std::move(f.payload));
@@ -177,17 +247,18 @@ std::uint64_t data_plane::epoch() const {
   return epoch_;
 }
 
-data_plane::target data_plane::expert_group(std::uint32_t index) const {
+void data_plane::copies(std::uint32_t group, std::vector<copy>& out) const {
+  out.clear();
   std::lock_guard lock(mutex_);
-  auto found = groups_.find(index);
+  auto found = groups_.find(group);
   if (found == groups_.end())
-    return {};
-  for (const auto& copy : found->second) {
-    auto p = peers_.find(copy.worker);
-    if (copy.incarnation != 0 && p != peers_.end() && !p->second.lost)
-      return copy;
+    return;
+  out = found->second;
+  for (auto& each : out) {
+    auto p = peers_.find(each.where.worker);
+    each.is_reachable = each.where.incarnation != 0 && p != peers_.end() && !p->second.lost;
+    each.suspect_until = p == peers_.end() ? time_point{} : p->second.suspect_until;
   }
-  return {};
 }
 
 void data_plane::send(const target& to, proto::FrameHeader header,

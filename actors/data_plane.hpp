@@ -1,9 +1,11 @@
 #pragma once
 
 #include "troupe/base/error.hpp"
+#include "troupe/recovery/call_policy.hpp"
 #include "troupe/transport/endpoint.hpp"
 #include "cluster.pb.h"
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -44,6 +46,7 @@ private:
 struct frame_target {
   std::string worker;
   std::uint64_t incarnation = 0; ///< 0: nowhere at the moment
+  bool operator==(const frame_target&) const = default;
 };
 
 /// Takes frames for other actors.
@@ -65,9 +68,30 @@ public:
 class data_plane final : public frame_sink {
 public:
   using target = frame_target;
+  using time_point = std::chrono::steady_clock::time_point;
 
-  static expected<std::shared_ptr<data_plane>>
-  start(const std::string& worker, std::uint64_t incarnation, const std::string& interface);
+  /// A copy of an expert group.
+  struct copy {
+    target where;
+    bool is_reachable = false;
+    bool is_near = false;       ///< on this process's node
+    time_point suspect_until{}; ///< avoided until then
+  };
+
+  /// How long a copy that did not answer in time is avoided, unless it answers.
+  static constexpr std::chrono::seconds suspicion{2};
+
+  /// Opens the transport for a process that does not know yet who it is to be: a standby. Nothing
+  /// else may be called before `identify`. `checksums` false: for measuring only.
+  static expected<std::shared_ptr<data_plane>> prepare(const std::string& interface,
+                                                       bool checksums = true);
+  void identify(const std::string& worker, std::uint64_t incarnation);
+
+  /// Both at once.
+  static expected<std::shared_ptr<data_plane>> start(const std::string& worker,
+                                                     std::uint64_t incarnation,
+                                                     const std::string& interface,
+                                                     bool checksums = true);
   ~data_plane() override;
 
   /// How peers reach this process; opaque.
@@ -86,8 +110,15 @@ public:
   /// The epoch of the newest view.
   std::uint64_t epoch() const;
 
-  /// The first copy of an expert group that can be reached.
-  target expert_group(std::uint32_t index) const;
+  /// The copies of an expert group, in order. Fills `out`, whose memory is used again.
+  void copies(std::uint32_t group, std::vector<copy>& out) const;
+
+  /// Counts up whenever `copies` has something new to say. Any thread; takes no lock.
+  std::uint64_t num_changes() const { return num_changes_.load(std::memory_order_acquire); }
+
+  /// A process did not answer in time. It is avoided for a while, until it sends something or
+  /// another incarnation takes its place.
+  void suspect(const target& silent);
 
   void send(const frame_target& to, proto::FrameHeader header,
             transport::payload_view payload) override;
@@ -102,6 +133,7 @@ private:
   struct peer {
     std::uint64_t incarnation = 0;
     bool lost = false;
+    time_point suspect_until{};
   };
   struct held_frame {
     proto::FrameHeader header;
@@ -111,6 +143,7 @@ private:
 
   data_plane() = default;
   void deliver(frame_ptr arrived);
+  void trust(const std::string& worker);
   void lose(const std::string& worker, std::uint64_t incarnation);
   void nudge_all();
   void post(const std::string& worker, proto::FrameHeader header, transport::payload_view payload);
@@ -124,8 +157,11 @@ private:
   std::uint64_t epoch_ = 0;
   std::uint64_t version_ = 0;
   std::map<std::string, peer> peers_;
-  std::map<std::uint32_t, std::vector<target>> groups_; ///< copies in order
+  std::map<std::uint32_t, std::vector<copy>> groups_; ///< copies in order, as of the view
   std::map<std::string, std::vector<held_frame>> held_;
+
+  std::atomic<std::uint64_t> num_changes_{1};
+  std::atomic<std::uint32_t> num_suspects_{0}; ///< an upper bound: marks that were not lifted
 
   std::unique_ptr<transport::endpoint> endpoint_;
 };

@@ -1,5 +1,7 @@
 #include "troupe/actors/expert_group.hpp"
 
+#include "troupe/base/fault_point.hpp"
+
 #include <cstring>
 
 #include <fmt/format.h>
@@ -9,11 +11,12 @@ namespace troupe::actors {
 
 namespace {
 
-/// Device memory of at least `bytes`, grown when a larger dispatch than any before comes.
+/// Device memory of at least `bytes`, grown when a larger dispatch than any before comes. Null if
+/// there is not that much.
 void* grow(kernels::ops& ops, std::shared_ptr<void>& memory, std::size_t& size, std::size_t bytes) {
   if (size < bytes) {
     memory = ops.allocate(bytes);
-    size = bytes;
+    size = memory ? bytes : 0;
   }
   return memory.get();
 }
@@ -22,12 +25,15 @@ void* grow(kernels::ops& ops, std::shared_ptr<void>& memory, std::size_t& size, 
 
 expert_group::expert_group(caf::actor_config& config, std::uint32_t index,
                            std::shared_ptr<data_plane> plane, std::shared_ptr<kernels::ops> ops,
-                           std::shared_ptr<model::expert_group_model> experts)
+                           std::shared_ptr<model::expert_group_model> experts, std::string actor,
+                           memory::activity pulse)
   : expert_group_actor::base(config),
     index_(index),
     plane_(std::move(plane)),
     ops_(std::move(ops)),
-    experts_(std::move(experts)) {}
+    experts_(std::move(experts)),
+    actor_(std::move(actor)),
+    pulse_(std::move(pulse)) {}
 
 expected<std::shared_ptr<transport::buffer>>
 expert_group::compute(const transport::frame& dispatch) {
@@ -54,6 +60,11 @@ expert_group::compute(const transport::frame& dispatch) {
   kernels::rows_view out{
     grow(*ops_, device_out_, device_out_bytes_, num_tasks * num_cols * element),
     static_cast<std::int32_t>(num_tasks), cols, cols};
+  if (num_tasks * num_rows != 0 && (x.data == nullptr || out.data == nullptr))
+    return fail(
+      error_code::resource_exhausted,
+      fmt::format("no memory for a dispatch of {} rows and {} tasks", num_rows, num_tasks),
+      "give the process more memory or send smaller micro-batches");
   ops_->copy_from_host(dispatch.payload.data() + task_bytes, x);
   if (auto ran = experts_->run(static_cast<std::int32_t>(header.layer()), x, tasks_, out); !ran)
     return tl::unexpected(ran.error());
@@ -83,11 +94,15 @@ void expert_group::answer(const transport::frame& dispatch) {
   };
   if (asked.epoch() < plane_->epoch())
     return refuse(error_code::stale_epoch);
+  faults::suffer(faults::point::compute, actor_);
   auto output = compute(dispatch);
   if (!output) {
-    spdlog::error("expert group {}: {}", index_, output.error().text());
+    spdlog::error("{}: {}", actor_, output.error().text());
     return refuse(output.error().code);
   }
+  auto fault = faults::hit(faults::point::message_reply, asked.sender());
+  if (fault && fault->what == faults::kind::drop)
+    return;
   header.set_kind(proto::COMBINE);
   header.set_num_tasks(asked.num_tasks());
   header.set_num_cols(asked.num_cols());
@@ -95,7 +110,11 @@ void expert_group::answer(const transport::frame& dispatch) {
 }
 
 expert_group::behavior_type expert_group::make_behavior() {
-  return {[this](const frame_ptr& dispatch) { answer(*dispatch); }};
+  return {[this](const frame_ptr& dispatch) {
+    pulse_.computing();
+    answer(*dispatch);
+    pulse_.idle();
+  }};
 }
 
 } // namespace troupe::actors

@@ -1,9 +1,11 @@
 #pragma once
 
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/memory/pulse_page.hpp"
 #include "troupe/model/expert_group_model.hpp"
 
 #include <memory>
+#include <string>
 
 #include <caf/all.hpp>
 
@@ -18,10 +20,12 @@ using expert_group_actor = caf::typed_actor<caf::reacts_to<frame_ptr>>;
 /// Dispatches of an epoch older than the newest that the worker knows of are refused.
 class expert_group : public expert_group_actor::base {
 public:
-  /// `index` is the group's number. `max_rows` bounds the rows and tasks of one dispatch.
+  /// `index` is the group's number, `actor` its name as planned ("expert-group-0/copy-1"), `pulse`
+  /// that of its thread.
   expert_group(caf::actor_config& config, std::uint32_t index, std::shared_ptr<data_plane> plane,
                std::shared_ptr<kernels::ops> ops,
-               std::shared_ptr<model::expert_group_model> experts);
+               std::shared_ptr<model::expert_group_model> experts,
+               std::string actor = "expert-group", memory::activity pulse = {});
 
   behavior_type make_behavior() override;
 
@@ -33,6 +37,8 @@ private:
   std::shared_ptr<data_plane> plane_;
   std::shared_ptr<kernels::ops> ops_;
   std::shared_ptr<model::expert_group_model> experts_;
+  std::string actor_;
+  memory::activity pulse_;
   std::vector<kernels::expert_task> tasks_;
   std::shared_ptr<void> device_rows_;
   std::shared_ptr<void> device_out_;

@@ -1,10 +1,13 @@
 #include "troupe/actors/gateway.hpp"
 
 #include "troupe/actors/dial.hpp"
+#include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
+#include "troupe/http/answer_replay.hpp"
 #include "troupe/http/openai_tokenize.hpp"
 #include "troupe/telemetry/cluster_status.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <random>
 
@@ -21,6 +24,8 @@ namespace {
 
 constexpr auto redial_interval = 200ms;
 constexpr auto controller_timeout = 500ms;
+constexpr auto heartbeat_start = 100ms;
+constexpr const char* controller_name = "controller";
 
 /// With work in flight, no completed step for longer than this is not healthy. Above the time that
 /// a recovery takes.
@@ -30,8 +35,8 @@ schedule::time_point current_time() {
   return std::chrono::steady_clock::now();
 }
 
-std::int64_t unix_seconds() {
-  return std::chrono::duration_cast<std::chrono::seconds>(
+std::int64_t unix_milliseconds() {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(
            std::chrono::system_clock::now().time_since_epoch())
     .count();
 }
@@ -67,9 +72,11 @@ show(); setInterval(show, 1000);
 gateway::gateway(caf::actor_config& config, gateway_options options)
   : gateway_actor::base(config),
     options_(std::move(options)),
+    journal_(options_.journal, unix_milliseconds()),
     // Ids of two frontends' lives differ, so that no late answer is taken for one of ours.
-    next_request_((options_.incarnation << 40U) + 1),
-    started_s_(unix_seconds()),
+    next_call_((options_.incarnation << http::call_bits) + 1),
+    next_request_((options_.incarnation << http::call_bits) + 1),
+    started_s_(unix_milliseconds() / 1000),
     seed_state_(std::random_device{}()) {
   set_down_handler([this](caf::down_msg& down) {
     if (controller_ && controller_.address() == down.source) {
@@ -90,8 +97,7 @@ void gateway::dial_controller() {
       hello.mutable_frontend()->set_pid(static_cast<std::uint32_t>(::getpid()));
       hello.mutable_frontend()->set_incarnation(options_.incarnation);
       hello.mutable_frontend()->set_endpoint(options_.endpoint);
-      hello.set_epoch(view_.epoch());
-      hello.set_view_version(view_.version());
+      *hello.mutable_view() = view_;
       send(controller_, frontend_hello{std::move(hello)});
     },
     [this](const error& e) {
@@ -148,6 +154,8 @@ void gateway::serve(http_call& call) {
     return serve_completion(call, true);
   if (path == "/v1/completions" && method == "POST")
     return serve_completion(call, false);
+  if (path.starts_with("/v1/responses/") && is_get)
+    return serve_response(call);
   if (path == "/tokenize" && method == "POST")
     return plain("/tokenize", http::tokenize(call.request.body, options_.served));
   if (path == "/detokenize" && method == "POST")
@@ -181,6 +189,7 @@ void gateway::serve(http_call& call) {
 void gateway::serve_metrics(http_call& call) {
   metrics_.set_epoch(view_.epoch());
   metrics_.set_open_requests(calls_.size());
+  metrics_.set_journal_errors(journal_.num_errors());
   for (const auto& r : replicas_) {
     const auto& counters = r.report.counters;
     telemetry::replica_gauges gauges;
@@ -240,145 +249,9 @@ void gateway::serve_status(http_call& call) {
       [reply_from_memory](caf::error&) { reply_from_memory(); });
 }
 
-void gateway::serve_completion(http_call& call, bool chat) {
-  const char* route = chat ? "/v1/chat/completions" : "/v1/completions";
-  if (plan_.num_replicas() == 0 || !(was_ready_ || is_ready()))
-    return refuse(call, route,
-                  http::error_response(fail(error_code::unavailable, "the cluster is starting",
-                                            "wait until GET /health answers 200")
-                                         .value()));
-  seed_state_ = seed_state_ * 6364136223846793005U + 1442695040888963407U; // Knuth's MMIX generator
-  auto seed = seed_state_ >> 16U;
-  auto parsed = chat ? http::parse_chat_request(call.request.body, options_.served, seed)
-                     : http::parse_text_request(call.request.body, options_.served, seed);
-  if (!parsed)
-    return refuse(call, route, http::error_response(parsed.error()));
-  auto arrived = current_time();
-  auto requests = http::to_schedule(*parsed, next_request_,
-                                    arrived + std::chrono::seconds(plan_.request_timeout_s()));
-  bool stream = parsed->stream;
-  http::answer_identity identity;
-  identity.id = fmt::format("{:x}-{:x}", options_.incarnation, next_call_);
-  identity.model = options_.served.name;
-  identity.created_s = unix_seconds();
-  identity.first_id = next_request_;
-
-  auto call_id = next_call_++;
-  auto* target = choose_replica();
-  open_call open{
-    call.response,
-    route,
-    http::response_builder(std::move(*parsed), *options_.tokenizer, std::move(identity)),
-    target->report.replica,
-    stream,
-    false,
-    next_request_,
-    static_cast<std::uint32_t>(requests.size()),
-    arrived,
-    std::vector<schedule::time_point>(requests.size())};
-  next_request_ += requests.size();
-  calls_.emplace(call_id, std::move(open));
-  auto self = caf::actor_cast<gateway_actor>(this);
-  call.response->on_disconnect(
-    [self, call_id] { caf::anon_send(self, cancel_atom::value, call_id); });
-  for (auto& r : requests) {
-    call_of_[r.id] = call_id;
-    metrics_.count_tokens(r.prompt.size(), 0);
-    ++target->report.counters
-        .num_queued; // until its next report: spreads a burst over the replicas
-    send(target->scheduler, std::make_shared<schedule::request>(std::move(r)));
-  }
-}
-
-void gateway::cancel_requests(const open_call& call) {
-  for (std::uint32_t i = 0; i < call.num_requests; ++i) {
-    auto id = call.first_id + i;
-    if (call_of_.erase(id) != 0)
-      send(replicas_[call.replica].scheduler, cancel_atom::value, id);
-  }
-}
-
-void gateway::close_call(std::uint64_t call_id) {
-  auto found = calls_.find(call_id);
-  if (found == calls_.end())
-    return;
-  cancel_requests(found->second);
-  calls_.erase(found);
-}
-
-void gateway::fail_call(std::uint64_t call_id, open_call& call, const error& why) {
-  out_.clear();
-  call.builder.fail(why, out_);
-  if (call.begun) {
-    call.response->write(out_);
-    call.response->end();
-  } else {
-    auto reply = http::error_response(why);
-    http::header_list extra;
-    if (reply.retry_after_s)
-      extra.push_back({"Retry-After", std::to_string(*reply.retry_after_s)});
-    metrics_.count_response(call.route, reply.status);
-    call.response->send(reply.status, "application/json", std::move(reply.body), std::move(extra));
-  }
-  close_call(call_id);
-}
-
-void gateway::on_event(std::uint64_t call_id, open_call& call, const schedule::token_event& event) {
-  if (event.has_token && !event.is_prompt) {
-    auto& last = call.last_token[event.request - call.first_id];
-    auto time = current_time();
-    if (event.token_index == 0)
-      metrics_.first_token(time - call.arrived);
-    else
-      metrics_.between_tokens(time - last);
-    last = time;
-    metrics_.count_tokens(0, 1);
-  }
-  out_.clear();
-  if (call.stream && !call.begun) {
-    call.begun = true;
-    metrics_.count_response(call.route, 200);
-    call.response->begin_stream(200, "text/event-stream", {{"Cache-Control", "no-cache"}});
-    call.builder.open(out_);
-  }
-  auto step = call.builder.on_event(event, out_);
-  if (step.cancel && call_of_.erase(event.request) != 0)
-    send(replicas_[call.replica].scheduler, cancel_atom::value, event.request);
-  if (event.finish != schedule::finish_reason::none)
-    call_of_.erase(event.request);
-  if (call.stream) {
-    if (!out_.empty())
-      call.response->write(out_);
-    if (step.done)
-      call.response->end();
-  } else if (step.done) {
-    metrics_.count_response(call.route, 200);
-    call.response->send(200, "application/json", std::move(out_));
-    out_ = {};
-  }
-  if (step.done)
-    close_call(call_id);
-}
-
-void gateway::on_progress(const progress& made) {
-  for (const auto& event : made.events) {
-    auto id = call_of_.find(event.request);
-    if (id == call_of_.end())
-      continue; // the client left, or its stop string came
-    auto call_id = id->second;
-    auto& call = calls_.at(call_id);
-    on_event(call_id, call, event);
-  }
-  for (const auto& [request, why] : made.errors) {
-    auto id = call_of_.find(request);
-    if (id == call_of_.end())
-      continue;
-    auto call_id = id->second;
-    fail_call(call_id, calls_.at(call_id), why);
-  }
-}
-
 gateway::behavior_type gateway::make_behavior() {
+  delayed_send(this, heartbeat_start, tick_atom::value);
+  take_up_calls();
   return {
     [this](const cluster_plan& plan) {
       if (!replicas_.empty())
@@ -394,17 +267,37 @@ gateway::behavior_type gateway::make_behavior() {
         r.report.last_progress = current_time();
         replicas_.push_back(std::move(r));
       }
+      submit_taken_up();
     },
     [this](const cluster_view& view) {
-      if (view->version() <= view_.version())
+      if (faults::is_cut_off(controller_name) || view->version() <= view_.version())
         return;
       view_ = view.body;
       for (auto& r : replicas_)
         send(r.scheduler, view);
     },
+    [this](const frontend_heartbeat&) {},
     [this](start_atom) {
       if (!controller_)
         dial_controller();
+    },
+    [this](tick_atom) {
+      auto interval = std::chrono::milliseconds(std::max(10U, plan_.heartbeat_ms()));
+      delayed_send(this, interval, tick_atom::value);
+      journal_.tick(unix_milliseconds());
+      if (!controller_)
+        return;
+      proto::FrontendHeartbeat heartbeat;
+      heartbeat.set_incarnation(options_.incarnation);
+      heartbeat.set_view_version(view_.version());
+      for (const auto& r : replicas_)
+        if (r.replay.epoch() != 0)
+          *heartbeat.add_replays() = r.replay;
+      send(controller_, frontend_heartbeat{std::move(heartbeat)});
+    },
+    [this](knock_atom) {
+      if (options_.pulse)
+        options_.pulse->answered();
     },
     [this](const http_call_ptr& call) { serve(*call); },
     [this](const progress_ptr& made) { on_progress(*made); },
@@ -413,10 +306,11 @@ gateway::behavior_type gateway::make_behavior() {
       was_ready_ = was_ready_ || report.serving;
     },
     [this](const replay_report& report) {
+      replicas_.at(report->replica()).replay = report.body;
       if (controller_)
         send(controller_, report);
     },
-    [this](cancel_atom, std::uint64_t call_id) { close_call(call_id); },
+    [this](cancel_atom, std::uint64_t listener_id) { remove_listener(listener_id); },
   };
 }
 

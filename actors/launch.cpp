@@ -5,6 +5,8 @@
 #include "troupe/base/startup_report.hpp"
 #include "troupe/config/cluster_config.hpp"
 #include "troupe/http/client.hpp"
+#include "troupe/memory/pulse_page.hpp"
+#include "troupe/recovery/pulse_monitor.hpp"
 #include "troupe/recovery/restart_policy.hpp"
 #include "troupe/transport/endpoint.hpp"
 
@@ -14,6 +16,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <set>
 
 #include <fcntl.h>
@@ -35,6 +38,8 @@ namespace {
 constexpr auto startup_patience = 20s; // for one process to say that it runs
 constexpr auto shutdown_grace = 4s;    // for all of them to end
 constexpr auto poll_interval = 20ms;   // while waiting for readiness
+constexpr auto birth_time = 10s;       // for a process to its first beat
+constexpr auto spawn_retry_interval = 200ms;
 
 /// Removes state.json when the launcher returns, however it does.
 struct state_file {
@@ -47,8 +52,14 @@ struct state_file {
 
 struct supervised_child {
   child_spec spec;
-  std::uint64_t incarnation = 1;
   recovery::restart_policy restarts;
+  bool is_node = false; ///< the cluster lives on without it
+  std::uint64_t incarnation = 0;
+  pid_t pid = 0;
+  std::optional<memory::pulse_page> page;
+  std::optional<recovery::pulse_monitor> monitor;
+  std::string verdict; ///< why we killed it
+  std::optional<std::chrono::steady_clock::time_point> retry;
 };
 
 /// The running cluster as its launcher sees it.
@@ -67,6 +78,13 @@ private:
   expected<void> wait_until_ready();
   expected<void> supervise();
   expected<void> handle_exits();
+  expected<void> handle_exit(const child_exit& exit);
+  expected<pid_t> start(supervised_child& child, std::vector<std::string> arguments = {},
+                        std::vector<int> inherited_fds = {});
+  void look_at_pulses();
+  std::chrono::milliseconds look_interval() const {
+    return std::chrono::milliseconds(std::max(10U, config_.recovery.hang_ms / 8));
+  }
   child_spec make_spec(const std::string& name, std::vector<std::string> arguments) const;
   std::vector<std::string> config_arguments() const;
   recovery::restart_policy policy() const {
@@ -130,7 +148,8 @@ expected<void> launcher::claim_state_directory() {
       fmt::format("a cluster named {} is running already", config_.cluster),
       fmt::format("`troupe down {0}` ends it, `troupe status {0}` shows it", config_.cluster));
   for (const auto& entry : std::filesystem::directory_iterator(directory_, failed))
-    if (entry.path().extension() == ".log")
+    if (auto name = entry.path().filename().string();
+        name.ends_with(".log") || name.find(".journal") != std::string::npos)
       std::filesystem::remove(entry.path(), failed);
   return {};
 }
@@ -140,12 +159,11 @@ expected<std::uint16_t> launcher::start_reporting(const std::string& name,
   auto pipe = startup_pipe::open();
   if (!pipe)
     return tl::unexpected(pipe.error());
-  auto spec = make_spec(name, std::move(arguments));
-  supervised_.emplace(name, supervised_child{spec, 1, policy()});
-  spec.arguments.insert(spec.arguments.end(),
-                        {"--startup-fd", std::to_string(pipe->child_fd()), "--incarnation", "1"});
-  spec.inherited_fds.push_back(pipe->child_fd());
-  if (auto pid = children_->spawn(std::move(spec)); !pid)
+  auto& child =
+    supervised_.emplace(name, supervised_child{make_spec(name, std::move(arguments)), policy()})
+      .first->second;
+  auto pid = start(child, {"--startup-fd", std::to_string(pipe->child_fd())}, {pipe->child_fd()});
+  if (!pid)
     return tl::unexpected(pid.error());
   auto port = pipe->wait(startup_patience);
   if (!port && port.error().origin.empty())
@@ -153,8 +171,34 @@ expected<std::uint16_t> launcher::start_reporting(const std::string& name,
   return port;
 }
 
+/// Starts the next incarnation of a process.
+expected<pid_t> launcher::start(supervised_child& child, std::vector<std::string> arguments,
+                                std::vector<int> inherited_fds) {
+  auto spec = child.spec;
+  ++child.incarnation;
+  child.retry.reset();
+  child.verdict.clear();
+  spec.arguments.insert(spec.arguments.end(), arguments.begin(), arguments.end());
+  spec.arguments.insert(spec.arguments.end(), {"--incarnation", std::to_string(child.incarnation)});
+  spec.inherited_fds = std::move(inherited_fds);
+  if (config_.recovery.level == config::protection::full) {
+    auto page = memory::pulse_page::create();
+    if (!page)
+      return tl::unexpected(page.error());
+    spec.inherited_fds.push_back(page->fd());
+    spec.arguments.insert(spec.arguments.end(), {"--pulse-fd", std::to_string(page->fd())});
+    child.page = std::move(*page);
+    child.monitor.emplace(std::chrono::milliseconds(config_.recovery.hang_ms), birth_time,
+                          look_interval());
+    child.monitor->born(std::chrono::steady_clock::now());
+  }
+  auto pid = children_->spawn(std::move(spec));
+  child.pid = pid.value_or(0);
+  return pid;
+}
+
 expected<void> launcher::start_all() {
-  std::vector<std::string> arguments{"controller"};
+  std::vector<std::string> arguments{"controller", "--state-directory", directory_.string()};
   auto config_part = config_arguments();
   arguments.insert(arguments.end(), config_part.begin(), config_part.end());
   auto controller = start_reporting("controller", arguments);
@@ -165,7 +209,8 @@ expected<void> launcher::start_all() {
   auto& controller_spec = supervised_.at("controller").spec.arguments;
   controller_spec.insert(controller_spec.end(), {"--port", std::to_string(controller_port_)});
 
-  arguments = {"frontend", "--controller-port", std::to_string(controller_port_)};
+  arguments = {"frontend", "--controller-port", std::to_string(controller_port_),
+               "--state-directory", directory_.string()};
   arguments.insert(arguments.end(), config_part.begin(), config_part.end());
   auto frontend = start_reporting("frontend", arguments);
   if (!frontend)
@@ -187,9 +232,9 @@ expected<void> launcher::start_all() {
       {"node", "--name", node.name, "--bind", config_.network.bind, "--controller",
        fmt::format("{}:{}", config_.network.bind, controller_port_), "--heartbeat-ms",
        std::to_string(config_.recovery.heartbeat_ms), "--log-directory", directory_.string()});
-    supervised_.emplace(node.name, supervised_child{spec, 1, policy()});
-    spec.arguments.insert(spec.arguments.end(), {"--incarnation", "1"});
-    if (auto pid = children_->spawn(std::move(spec)); !pid)
+    auto& child = supervised_.emplace(node.name, supervised_child{std::move(spec), policy(), true})
+                    .first->second;
+    if (auto pid = start(child); !pid)
       return tl::unexpected(pid.error());
   }
   return {};
@@ -206,23 +251,62 @@ expected<void> launcher::handle_exits() {
     std::lock_guard lock(mutex_);
     now.swap(exits_);
   }
-  for (const auto& exit : now) {
-    auto& child = supervised_.at(exit.name);
-    auto log = child.spec.log_path;
-    bool permanent = !exit.signalled && exit.status == exit_permanent;
-    if (permanent || !child.restarts.allow(std::chrono::steady_clock::now()))
-      return fail(
-        error_code::unavailable,
-        fmt::format("the {} process {}{}", exit.name, exit.text(), permanent ? "" : ", too often"),
-        fmt::format("see {}", log));
-    say(fmt::format("the {} process (pid {}) {}; restarting it", exit.name, exit.pid, exit.text()));
-    auto spec = child.spec;
-    spec.arguments.insert(spec.arguments.end(),
-                          {"--incarnation", std::to_string(++child.incarnation)});
-    if (auto pid = children_->spawn(std::move(spec)); !pid)
-      return tl::unexpected(pid.error());
+  for (const auto& exit : now)
+    if (auto handled = handle_exit(exit); !handled)
+      return handled;
+  auto time = std::chrono::steady_clock::now();
+  for (auto& [name, child] : supervised_) {
+    if (!child.retry || *child.retry > time)
+      continue;
+    if (auto pid = start(child); !pid) {
+      say(fmt::format("{}; trying again", pid.error().cause));
+      child.retry = time + spawn_retry_interval;
+    }
   }
   return {};
+}
+
+expected<void> launcher::handle_exit(const child_exit& exit) {
+  auto& child = supervised_.at(exit.name);
+  auto now = std::chrono::steady_clock::now();
+  auto cause = child.verdict.empty() ? exit.text() : child.verdict + "; it was killed";
+  bool permanent = !exit.signalled && exit.status == exit_permanent;
+  if (permanent || !child.restarts.allow(now)) {
+    if (permanent || !child.is_node)
+      return fail(
+        error_code::unavailable,
+        fmt::format("the {} process {}{}", exit.name, cause, permanent ? "" : ", too often"),
+        fmt::format("see {}", child.spec.log_path));
+    // The cluster moves what ran there, if there is room, and the node may come back later.
+    say(fmt::format("the {} process (pid {}) {}, too often; the next attempt is in {} s, see {}",
+                    exit.name, exit.pid, cause, config_.recovery.within_s, child.spec.log_path));
+    child.retry = now + std::chrono::seconds(config_.recovery.within_s);
+    return {};
+  }
+  say(fmt::format("the {} process (pid {}) {}; restarting it", exit.name, exit.pid, cause));
+  if (auto pid = start(child); !pid) {
+    say(fmt::format("{}; trying again", pid.error().cause));
+    child.retry = now + spawn_retry_interval;
+  }
+  return {};
+}
+
+void launcher::look_at_pulses() {
+  memory::pulse_sample sample;
+  auto now = std::chrono::steady_clock::now();
+  for (auto& [name, child] : supervised_) {
+    if (!child.page || !child.monitor || child.retry || !child.verdict.empty())
+      continue;
+    child.page->sample(sample);
+    auto is_starved = [&] {
+      auto state = task_state(child.pid, sample.beat_thread);
+      return state == 'R' || state == 'D';
+    };
+    if (auto why = child.monitor->look(sample, now, is_starved)) {
+      child.verdict = *why;
+      children_->signal(name, SIGKILL);
+    }
+  }
 }
 
 expected<void> launcher::wait_until_ready() {
@@ -233,6 +317,7 @@ expected<void> launcher::wait_until_ready() {
       return fail(error_code::cancelled, "stopped before the cluster was ready");
     if (auto handled = handle_exits(); !handled)
       return handled;
+    look_at_pulses();
     auto answer = http::fetch({"GET", endpoint_ + "/v1/cluster", {}, {}}, 2000ms);
     if (answer && answer->status == 200) {
       auto status = nlohmann::json::parse(answer->body, nullptr, false);
@@ -264,9 +349,10 @@ expected<void> launcher::wait_until_ready() {
 expected<void> launcher::supervise() {
   for (;;) {
     pollfd waiting[2] = {{signals_.get(), POLLIN, 0}, {wake_.get(), POLLIN, 0}};
-    ::poll(waiting, 2, -1);
+    ::poll(waiting, 2, static_cast<int>(look_interval().count()));
     if (stop_requested())
       return {};
+    look_at_pulses();
     std::uint64_t count = 0;
     [[maybe_unused]] auto got = ::read(wake_.get(), &count, sizeof(count));
     if (auto handled = handle_exits(); !handled)

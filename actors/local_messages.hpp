@@ -17,11 +17,17 @@ namespace troupe::actors {
 /// A timer went off.
 using tick_atom = caf::atom_constant<caf::atom("tick")>;
 
+/// Try again to connect.
+using redial_atom = caf::atom_constant<caf::atom("redial")>;
+
 /// Begin: connect to whoever is above.
 using start_atom = caf::atom_constant<caf::atom("start")>;
 
 /// Ends the actor in good order.
 using stop_atom = caf::atom_constant<caf::atom("stop")>;
+
+/// The pulse asks whether the actor still answers; see memory::pulse.
+using knock_atom = caf::atom_constant<caf::atom("knock")>;
 
 /// Gives up a request.
 using cancel_atom = caf::atom_constant<caf::atom("cancel")>;

@@ -5,11 +5,14 @@
 #include "troupe/actors/gateway.hpp"
 #include "troupe/base/startup_report.hpp"
 #include "troupe/config/cluster_config.hpp"
+#include "troupe/memory/pulse_page.hpp"
 #include "troupe/messages/actor_config.hpp"
 #include "troupe/model/chat_template.hpp"
 
+#include <algorithm>
 #include <csignal>
 #include <future>
+#include <optional>
 #include <thread>
 
 #include <fmt/format.h>
@@ -44,6 +47,20 @@ void wait_for_stop_signal() {
   int number = 0;
   sigwait(&signals, &number);
   spdlog::info("stopping: signal {}", number);
+}
+
+/// Beats for the parent until the process ends; `root` is to answer its knocks.
+expected<std::shared_ptr<memory::pulse>> start_pulse(int fd, std::uint32_t heartbeat_ms) {
+  auto interval = std::chrono::milliseconds(std::clamp(heartbeat_ms / 2, 5U, 50U));
+  auto pulse = memory::pulse::start(fd, interval);
+  if (!pulse)
+    return tl::unexpected(pulse.error());
+  return std::shared_ptr<memory::pulse>(std::move(*pulse));
+}
+
+template <class Handle>
+void knock_at(memory::pulse& pulse, const Handle& root) {
+  pulse.on_beat([root] { caf::anon_send(root, knock_atom::value); });
 }
 
 /// Ends the process without waiting for actors: an actor system's destructor waits for ever for one
@@ -98,6 +115,24 @@ http::serving_model make_serving_model(const proto::ClusterPlan& plan,
   return served;
 }
 
+/// Opens the controller's journal and hands what is in it to its successor.
+expected<std::optional<recovery::journal>> open_journal(const std::filesystem::path& directory,
+                                                        recovery::membership& members) {
+  if (directory.empty())
+    return std::nullopt;
+  std::vector<std::string> records;
+  auto journal = recovery::journal::open(directory / "controller.journal", records);
+  if (!journal)
+    return tl::unexpected(journal.error());
+  proto::ControllerState state;
+  if (!records.empty() && state.ParseFromString(records.back())) {
+    spdlog::info("the journal knows epoch {}, version {}", state.view().epoch(),
+                 state.view().version());
+    members.restore(state, std::chrono::steady_clock::now());
+  }
+  return std::move(*journal);
+}
+
 struct frontend_parts {
   config::cluster_config config;
   std::shared_ptr<const model::tokenizer> tokenizer;
@@ -144,26 +179,36 @@ void block_stop_signals() {
 }
 
 int run_controller(const controller_options& options) {
+  auto startup_fd = options.process.startup_fd;
   auto config = config::load(options.config.file, options.config.settings);
   if (!config)
-    return not_started(options.startup_fd, config.error());
+    return not_started(startup_fd, config.error());
+  auto pulse = start_pulse(options.process.pulse_fd, config->recovery.heartbeat_ms);
+  if (!pulse)
+    return not_started(startup_fd, pulse.error());
   auto model = model::load_model_config(config->model.path);
   if (!model)
-    return not_started(options.startup_fd, model.error());
+    return not_started(startup_fd, model.error());
   auto plan = make_cluster_plan(*config, *model);
   if (!plan)
-    return not_started(options.startup_fd, plan.error());
+    return not_started(startup_fd, plan.error());
   auto system_config = make_config(config->recovery.heartbeat_ms);
   caf::actor_system system{system_config};
-  recovery::membership members(std::move(*plan), options.incarnation,
+  recovery::membership members(std::move(*plan), options.process.incarnation,
                                static_cast<std::uint32_t>(::getpid()));
-  auto supervisor = system.spawn<cluster_supervisor>(std::move(members));
-  auto port = publish(system, supervisor, options.port, config->network.bind);
+  auto journal = open_journal(options.process.state_directory, members);
+  if (!journal)
+    leave(not_started(startup_fd, journal.error()));
+  auto supervisor = system.spawn<cluster_supervisor, caf::detached>(std::move(members),
+                                                                    std::move(*journal), *pulse);
+  knock_at(**pulse, supervisor);
+  auto port = publish(system, caf::actor_cast<cluster_supervisor_actor>(supervisor), options.port,
+                      config->network.bind);
   if (!port)
-    leave(not_started(options.startup_fd, port.error()));
+    leave(not_started(startup_fd, port.error()));
   stop_when_down(system, supervisor);
   spdlog::info("the controller listens on {}:{}", config->network.bind, *port);
-  report_started(options.startup_fd, *port);
+  report_started(startup_fd, *port);
   wait_for_stop_signal();
   leave(EXIT_SUCCESS);
 }
@@ -171,9 +216,13 @@ int run_controller(const controller_options& options) {
 int run_frontend(const frontend_options& options) {
   auto parts = load_frontend(options.config);
   if (!parts)
-    return not_started(options.startup_fd, parts.error());
+    return not_started(options.process.startup_fd, parts.error());
   const auto& serving = parts->config.serving;
-  auto system_config = make_config(parts->config.recovery.heartbeat_ms);
+  auto heartbeat_ms = parts->config.recovery.heartbeat_ms;
+  auto pulse = start_pulse(options.process.pulse_fd, heartbeat_ms);
+  if (!pulse)
+    return not_started(options.process.startup_fd, pulse.error());
+  auto system_config = make_config(heartbeat_ms);
   caf::actor_system system{system_config};
 
   // The door opens before the gateway is there, since the gateway needs the door's port: calls
@@ -190,28 +239,40 @@ int run_frontend(const frontend_options& options) {
       caf::anon_send(gateway_future.get(), http_call_ptr(std::move(call)));
     });
   if (!server)
-    leave(not_started(options.startup_fd, server.error()));
+    leave(not_started(options.process.startup_fd, server.error()));
   auto port = (*server)->port();
   gateway_options gateway_settings;
-  gateway_settings.incarnation = options.incarnation;
+  gateway_settings.incarnation = options.process.incarnation;
   gateway_settings.endpoint = "http://" + http::host_port(serving.listen_host, port);
   gateway_settings.controller_host = parts->config.network.bind;
   gateway_settings.controller_port = options.controller_port;
+  gateway_settings.pulse = *pulse;
   gateway_settings.served = parts->served;
   gateway_settings.tokenizer = parts->tokenizer;
+  auto& journal = gateway_settings.journal;
+  journal.limits.retain_ms = std::int64_t{1000} * serving.retain_s;
+  if (!options.process.state_directory.empty()
+      && parts->config.recovery.level == config::protection::full)
+    journal.file = options.process.state_directory / "frontend.journal";
+  journal.fresh = options.process.incarnation == 1;
   spdlog::info("the frontend listens on {}", gateway_settings.endpoint);
   auto door = system.spawn<gateway>(std::move(gateway_settings));
   caf::anon_send(door, start_atom::value);
+  knock_at(**pulse, door);
   ready->set_value(door);
   stop_when_down(system, door);
-  report_started(options.startup_fd, port);
+  report_started(options.process.startup_fd, port);
   wait_for_stop_signal();
   (*server)->stop(drain_time);
   leave(EXIT_SUCCESS);
 }
 
-int run_node(node_options options, std::uint32_t heartbeat_ms) {
-  auto system_config = make_config(heartbeat_ms);
+int run_node(node_options options, int pulse_fd) {
+  auto pulse = start_pulse(pulse_fd, options.heartbeat_ms);
+  if (!pulse)
+    return not_started(-1, pulse.error());
+  options.pulse = *pulse;
+  auto system_config = make_config(options.heartbeat_ms);
   caf::actor_system system{system_config};
   auto bind = options.bind;
   auto supervisor = system.spawn<node_supervisor, caf::detached>(std::move(options));
@@ -219,6 +280,7 @@ int run_node(node_options options, std::uint32_t heartbeat_ms) {
   if (!port)
     leave(not_started(-1, port.error()));
   caf::anon_send(supervisor, start_atom::value, *port);
+  knock_at(**pulse, supervisor);
   stop_when_down(system, supervisor);
   wait_for_stop_signal();
   caf::scoped_actor self{system};
@@ -227,7 +289,11 @@ int run_node(node_options options, std::uint32_t heartbeat_ms) {
   leave(EXIT_SUCCESS);
 }
 
-int run_worker(worker_options options, std::uint32_t heartbeat_ms) {
+int run_worker(worker_options options, std::uint32_t heartbeat_ms, int pulse_fd) {
+  auto pulse = start_pulse(pulse_fd, heartbeat_ms);
+  if (!pulse)
+    return not_started(-1, pulse.error());
+  options.pulse = *pulse;
   auto system_config = make_config(heartbeat_ms);
   caf::actor_system system{system_config};
   auto exit_code = std::make_shared<std::atomic<int>>(EXIT_SUCCESS);
@@ -237,6 +303,7 @@ int run_worker(worker_options options, std::uint32_t heartbeat_ms) {
   if (!port)
     leave(not_started(-1, port.error()));
   caf::anon_send(root, start_atom::value, *port);
+  knock_at(**pulse, root);
   stop_when_down(system, root);
   wait_for_stop_signal();
   leave(exit_code->load());

@@ -29,25 +29,31 @@ inline constexpr int exit_permanent = 78;
 /// Makes SIGINT and SIGTERM wait for whoever asks for them. Call before any thread starts.
 void block_stop_signals();
 
+/// What every process is told by its parent.
+struct process_options {
+  std::uint64_t incarnation = 1;
+  std::filesystem::path state_directory; ///< for journals; empty: none are kept
+  int startup_fd = -1;                   ///< see startup_report.hpp
+  int pulse_fd = -1;                     ///< see pulse_page.hpp
+};
+
 struct controller_options {
   config_source config;
-  std::uint64_t incarnation = 1;
+  process_options process;
   std::uint16_t port = 0; ///< 0: any; a restarted controller gets the port that others know
-  int startup_fd = -1;    ///< see startup_report.hpp
 };
 
 struct frontend_options {
   config_source config;
-  std::uint64_t incarnation = 1;
+  process_options process;
   std::uint16_t controller_port = 0;
   std::uint16_t port = 0; ///< a restarted frontend gets its old port; 0: as configured
-  int startup_fd = -1;
 };
 
 int run_controller(const controller_options& options);
 int run_frontend(const frontend_options& options);
-int run_node(node_options options, std::uint32_t heartbeat_ms);
-int run_worker(worker_options options, std::uint32_t heartbeat_ms);
+int run_node(node_options options, int pulse_fd);
+int run_worker(worker_options options, std::uint32_t heartbeat_ms, int pulse_fd);
 
 /// The files of a running cluster: its state, for `troupe status` and `down`, and its logs.
 /// $XDG_RUNTIME_DIR/troupe or /tmp/troupe-UID, then the cluster's name.

@@ -99,7 +99,8 @@ scheduler::scheduler(caf::actor_config& config, std::uint32_t replica, std::uint
     connector_(std::move(connector)),
     policy_(limits_of(plan_)),
     stages_(plan_.num_stages()),
-    kv_generations_(plan_.num_stages()),
+    kv_(plan_.num_stages()),
+    watch_(std::chrono::milliseconds(plan_.resend_ms())),
     last_progress_(current_time()) {
   set_down_handler([this](caf::down_msg& down) {
     for (auto& link : stages_)
@@ -110,20 +111,21 @@ scheduler::scheduler(caf::actor_config& config, std::uint32_t replica, std::uint
 }
 
 void scheduler::connect(std::uint32_t index, const proto::WorkerView& worker) {
+  const auto& name = worker.plan().name();
   auto incarnation = worker.incarnation();
-  stages_[index] = {incarnation, {}};
+  stages_[index] = {name, incarnation, {}};
   connector_->connect(
     this, worker, replica_, index,
-    [this, index, incarnation](const stage_actor& stage) {
-      if (stages_[index].incarnation != incarnation)
+    [this, index, name, incarnation](const stage_actor& stage) {
+      if (!stages_[index].is(name, incarnation))
         return; // overtaken by a newer view
       monitor(stage);
       stages_[index].stage = stage;
       start_serving_if_possible();
     },
-    [this, index, incarnation](const error& e) {
+    [this, index, name, incarnation](const error& e) {
       spdlog::debug("replica-{}/stage-{}: {}", replica_, index, e.text());
-      if (stages_[index].incarnation == incarnation)
+      if (stages_[index].is(name, incarnation))
         stages_[index] = {}; // tried again with the next tick
     });
 }
@@ -139,7 +141,7 @@ void scheduler::take_view(const proto::ClusterView& view) {
     const auto* worker = find_stage(view_, replica_, i);
     if (worker == nullptr || worker->state() != proto::RUNNING)
       stages_[i] = {};
-    else if (worker->incarnation() != stages_[i].incarnation)
+    else if (!stages_[i].is(worker->plan().name(), worker->incarnation()))
       connect(i, *worker);
   }
   serving_ = serving_ && can_serve();
@@ -147,36 +149,60 @@ void scheduler::take_view(const proto::ClusterView& view) {
   report_state();
 }
 
+void scheduler::lose_kv(std::uint32_t stage, const std::string& why) {
+  spdlog::warn("the KV memory of replica-{}/stage-{} {}; its sequences are computed again",
+               replica_, stage, why);
+  policy_.forget_kv();
+  watch_.forget_all();
+}
+
 void scheduler::take_losses() {
   for (std::uint32_t i = 0; i < stages_.size(); ++i) {
     const auto* worker = find_stage(view_, replica_, i);
     if (worker == nullptr || worker->state() != proto::RUNNING)
       continue;
-    auto& known = kv_generations_[i];
-    if (known != 0 && known != worker->kv_generation()) {
-      spdlog::warn("the KV memory of replica-{}/stage-{} is gone; its sequences are computed again",
-                   replica_, i);
-      policy_.forget_kv();
+    auto generation = kv_generation(*worker, find_stage(*worker, replica_, i)->id());
+    if (generation == 0)
+      continue;
+    kv_memory now{worker->plan().node(), generation};
+    if (kv_[i].generation != 0 && kv_[i] != now) {
+      lose_kv(i, "is gone");
       serving_ = false;
     }
-    known = worker->kv_generation();
+    kv_[i] = std::move(now);
   }
-  if (gave_up_)
+  const auto* hopeless = gave_up_ ? nullptr : find_hopeless();
+  if (hopeless == nullptr)
     return;
-  for (const auto& worker : view_.workers()) {
-    bool is_ours =
-      std::any_of(worker.plan().actors().begin(), worker.plan().actors().end(), [&](const auto& a) {
-        return a.kind() == proto::STAGE ? a.replica() == replica_ : plan_.num_expert_copies() < 2;
-      });
-    if (!is_ours || worker.state() != proto::FAILED)
-      continue;
-    gave_up_ = from_proto(worker.error());
-    gave_up_->code = error_code::unavailable;
-    spdlog::error("replica-{} is given up: {}", replica_, gave_up_->text());
-    policy_.fail_all();
-    flush_events(&*gave_up_);
-    return;
+  gave_up_ = from_proto(hopeless->error());
+  gave_up_->code = error_code::unavailable;
+  spdlog::error("replica-{} is given up: {}", replica_, gave_up_->text());
+  serving_ = false;
+  policy_.fail_all();
+  watch_.forget_all();
+  flush_events(&*gave_up_);
+}
+
+/// A worker that was given up with a stage of this replica, or with the last copy of some experts.
+const proto::WorkerView* scheduler::find_hopeless() const {
+  auto is_failed = [](const proto::WorkerView* w) {
+    return w != nullptr && w->state() == proto::FAILED;
+  };
+  for (std::uint32_t i = 0; i < stages_.size(); ++i)
+    if (const auto* worker = find_stage(view_, replica_, i); is_failed(worker))
+      return worker;
+  for (std::uint32_t group = 0; group < plan_.num_expert_groups(); ++group) {
+    const proto::WorkerView* last = nullptr;
+    std::uint32_t num_failed = 0;
+    for (std::uint32_t copy = 0; copy < plan_.num_expert_copies(); ++copy)
+      if (const auto* worker = find_expert_group(view_, group, copy); is_failed(worker)) {
+        last = worker;
+        ++num_failed;
+      }
+    if (num_failed > 0 && num_failed == plan_.num_expert_copies())
+      return last;
   }
+  return nullptr;
 }
 
 bool scheduler::can_serve() const {
@@ -204,9 +230,13 @@ void scheduler::start_serving_if_possible() {
   last_progress_ = current_time();
   std::uint32_t requests = 0;
   std::uint32_t tokens = 0;
-  for (const auto* batch : policy_.in_flight()) {
+  auto in_flight = policy_.in_flight();
+  if (!in_flight.empty())
+    faults::suffer(faults::point::frontend_replaying);
+  for (const auto* batch : in_flight) {
     requests += static_cast<std::uint32_t>(batch->sequences.size());
     tokens += static_cast<std::uint32_t>(batch->tokens.size());
+    watch_.sent_in_new_epoch(batch->step, clock().now());
     send_to_stages(*batch);
   }
   replaying_ = tokens > 0;
@@ -238,6 +268,7 @@ void scheduler::send_to_stages(const schedule::micro_batch& batch) {
   body.set_epoch(view_.epoch());
   body.set_step(step_base_ + batch.step);
   body.set_oldest_step(step_base_ + policy_.oldest_step());
+  body.set_attempt(watch_.attempt(batch.step));
   run_micro_batch message{std::move(body)};
   for (const auto& link : stages_)
     send(link.stage, message);
@@ -246,8 +277,62 @@ void scheduler::send_to_stages(const schedule::micro_batch& batch) {
 void scheduler::pump() {
   if (!serving_)
     return;
-  while (const auto* batch = policy_.next())
+  while (const auto* batch = policy_.next()) {
+    watch_.sent(batch->step, clock().now());
     send_to_stages(*batch);
+  }
+}
+
+void scheduler::resend_overdue() {
+  if (!serving_)
+    return;
+  auto now = clock().now();
+  for (auto step : watch_.overdue(now)) {
+    for (const auto* batch : policy_.in_flight()) {
+      if (batch->step != step)
+        continue;
+      spdlog::info("step {} of replica-{} got no answer; it is sent again", step_base_ + step,
+                   replica_);
+      watch_.sent(step, now);
+      send_to_stages(*batch);
+    }
+  }
+}
+
+std::string_view scheduler::name_of_sender() {
+  const auto& sender = current_sender();
+  for (const auto& link : stages_)
+    if (sender && link.stage && link.stage.address() == sender->address())
+      return link.worker;
+  return {};
+}
+
+void scheduler::take_failure(const proto::MicroBatchFailed& failure) {
+  auto why = from_proto(failure.error());
+  auto step = failure.step() - step_base_;
+  // What took too long or was never valid will be so again.
+  bool may_pass =
+    why.code != error_code::deadline_exceeded && why.code != error_code::invalid_request;
+  auto verdict = watch_.failed(step, failure.attempt(), may_pass);
+  if (!verdict.is_news)
+    return;
+  if (failure.kv_is_damaged()) {
+    lose_kv(failure.stage(), "is damaged: " + why.cause);
+    return;
+  }
+  for (const auto* batch : policy_.in_flight()) {
+    if (batch->step != step || !verdict.retry)
+      continue;
+    spdlog::warn("step {} of replica-{} failed and is tried once more: {}", failure.step(),
+                 replica_, why.text());
+    watch_.sent(step, clock().now());
+    send_to_stages(*batch);
+    return;
+  }
+  spdlog::error("step {} of replica-{} failed: {}", failure.step(), replica_, why.text());
+  watch_.forget(step);
+  policy_.fail_step(step);
+  flush_events(&why);
 }
 
 void scheduler::flush_events(const error* why_failed) {
@@ -298,6 +383,7 @@ void scheduler::complete(const proto::MicroBatchDone& done) {
                                done.top_logprobs().begin() + top + num_top);
     top += num_top;
   }
+  watch_.completed(done.step() - step_base_, clock().now());
   if (auto taken = policy_.complete(done.step() - step_base_, outputs_); !taken)
     spdlog::error("step {} of replica-{}: {}", done.step(), replica_, taken.error().text());
   last_progress_ = current_time();
@@ -311,6 +397,8 @@ scheduler::behavior_type scheduler::make_behavior() {
   delayed_send(this, tick_interval, tick_atom::value);
   return {
     [this](const micro_batch_done& done) {
+      if (faults_.take(*this, faults::point::message_receive, name_of_sender(), done))
+        return;
       if (done->epoch() != view_.epoch() || !serving_)
         return; // of a stage that has not heard of the recovery; it will answer again
       complete(done.body);
@@ -319,12 +407,11 @@ scheduler::behavior_type scheduler::make_behavior() {
       report_state();
     },
     [this](const micro_batch_failed& failure) {
+      if (faults_.take(*this, faults::point::message_receive, name_of_sender(), failure))
+        return;
       if (failure->epoch() != view_.epoch() || !serving_)
         return;
-      auto why = from_proto(failure->error());
-      spdlog::error("step {} of replica-{} failed: {}", failure->step(), replica_, why.text());
-      policy_.fail_step(failure->step() - step_base_);
-      flush_events(&why);
+      take_failure(failure.body);
       pump();
     },
     [this](const cluster_view& view) { take_view(view.body); },
@@ -359,6 +446,7 @@ scheduler::behavior_type scheduler::make_behavior() {
           connect(i, *worker);
       }
       policy_.expire(current_time());
+      resend_overdue();
       pump();
       flush_events();
       auto counters = policy_.count();

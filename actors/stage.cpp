@@ -2,7 +2,10 @@
 
 #include "troupe/actors/convert.hpp"
 
-#include <numeric>
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -11,9 +14,31 @@ namespace troupe::actors {
 
 using namespace messages;
 
+namespace {
+
+/// The process that schedulers live in.
+constexpr const char* frontend_name = "frontend";
+
+/// Spoils one value of `rows` as a drill asks.
+void spoil(kernels::ops& ops, const kernels::rows_view& rows, const faults::fault& what) {
+  auto element = kernels::size_of(ops.activation_type());
+  std::vector<std::byte> copy(static_cast<std::size_t>(rows.num_rows) * rows.num_cols * element);
+  ops.copy_to_host(rows, copy.data());
+  auto at = what.random % (copy.size() / element) * element;
+  if (what.what == faults::kind::poison) {
+    // All bits of exponent and fraction set: a NaN in every format.
+    std::memset(copy.data() + at, 0xff, element);
+  } else {
+    copy[at] ^= std::byte{1};
+  }
+  ops.copy_from_host(copy.data(), rows);
+}
+
+} // namespace
+
 stage::stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t index,
              std::uint32_t num_stages, std::uint32_t hidden_size,
-             std::shared_ptr<frame_sink> frames, stage_compute_actor compute)
+             std::shared_ptr<frame_sink> frames, stage_compute_actor compute, bool unprotected)
   : stage_local::base(config),
     replica_(replica),
     index_(index),
@@ -21,7 +46,8 @@ stage::stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t ind
     frames_(std::move(frames)),
     compute_(std::move(compute)),
     ledger_(index == 0, index + 1 == num_stages),
-    num_stages_(num_stages) {
+    num_stages_(num_stages),
+    unprotected_(unprotected) {
   // Without its computing thread the stage is of no use: the process ends and is restarted.
   link_to(compute_);
 }
@@ -29,13 +55,9 @@ stage::stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t ind
 stage::behavior_type stage::make_behavior() {
   return {
     [this](const run_micro_batch& asked) {
-      scheduler_ = caf::actor_cast<scheduler_actor>(current_sender());
-      if (ledger_.run(asked->epoch(), asked->step(), asked->oldest_step())) {
-        auto& kept = kept_[asked->step()];
-        if (!kept.batch)
-          kept.batch = std::make_shared<proto::RunMicroBatch>(asked.body);
-      }
-      carry_out();
+      if (faults_.take(*this, faults::point::message_receive, frontend_name, asked))
+        return;
+      run(asked.body);
     },
     [this](const cluster_view& view) {
       ledger_.raise_epoch(view->epoch());
@@ -65,6 +87,20 @@ stage::behavior_type stage::make_behavior() {
   };
 }
 
+void stage::run(const proto::RunMicroBatch& asked) {
+  scheduler_ = caf::actor_cast<scheduler_actor>(current_sender());
+  if (asked.epoch() > served_epoch_) {
+    served_epoch_ = asked.epoch();
+    faults::suffer(faults::point::worker_serving);
+  }
+  if (ledger_.run(asked.epoch(), asked.step(), asked.oldest_step(), asked.attempt())) {
+    auto& kept = kept_[asked.step()];
+    if (!kept.batch)
+      kept.batch = std::make_shared<proto::RunMicroBatch>(asked);
+  }
+  carry_out();
+}
+
 void stage::carry_out() {
   using kind = recovery::stage_ledger::kind;
   while (auto action = ledger_.next()) {
@@ -83,7 +119,9 @@ void stage::carry_out() {
 }
 
 void stage::pass_on(std::uint64_t step) {
-  const auto& kept = kept_.at(step);
+  auto& kept = kept_.at(step);
+  if (!kept.result.output)
+    return; // passed on already and, unprotected, not kept
   proto::FrameHeader header;
   header.set_kind(proto::BOUNDARY);
   header.set_replica(replica_);
@@ -93,11 +131,16 @@ void stage::pass_on(std::uint64_t step) {
   header.set_num_rows(static_cast<std::uint32_t>(kept.batch->tokens_size()));
   header.set_num_cols(hidden_size_);
   frames_->send(successor_, std::move(header), {kept.result.output->bytes(), kept.result.output});
+  if (unprotected_)
+    kept.result.output = nullptr;
 }
 
 void stage::report(std::uint64_t step) {
   auto done = *kept_.at(step).result.done;
   done.set_epoch(ledger_.epoch());
+  auto fault = faults::hit(faults::point::message_reply, frontend_name);
+  if (fault && fault->what == faults::kind::drop)
+    return;
   send(scheduler_, micro_batch_done{std::move(done)});
 }
 
@@ -106,6 +149,9 @@ void stage::report_failure(std::uint64_t step) {
   failed.set_replica(replica_);
   failed.set_epoch(ledger_.epoch());
   failed.set_step(step);
+  failed.set_stage(index_);
+  failed.set_attempt(ledger_.attempt(step));
+  failed.set_kv_is_damaged(kept_.at(step).result.kv_is_damaged);
   *failed.mutable_error() = to_proto(*kept_.at(step).result.failure);
   send(scheduler_, micro_batch_failed{std::move(failed)});
 }
@@ -113,28 +159,84 @@ void stage::report_failure(std::uint64_t step) {
 stage_compute::stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
                              std::shared_ptr<model::stage_model> model,
                              std::shared_ptr<remote_experts> experts,
-                             transport::buffer_pool buffers)
+                             transport::buffer_pool buffers, stage_traits traits)
   : stage_compute_actor::base(config),
     ops_(std::move(ops)),
     model_(std::move(model)),
     experts_(std::move(experts)),
-    buffers_(std::move(buffers)) {}
+    buffers_(std::move(buffers)),
+    traits_(std::move(traits)) {}
 
 stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
-    auto result = compute(work);
-    if (!result) {
-      spdlog::error("step {}: {}", work.batch->step(), result.error().text());
-      result =
-        stage_result{work.batch->step(), nullptr, nullptr, std::make_shared<error>(result.error())};
-    }
-    send(asker, *result);
+    traits_.pulse.computing();
+    faults::suffer(faults::point::compute, traits_.actor);
+    auto result = work_on(work);
+    traits_.pulse.idle();
+    send(asker, std::move(result));
   }};
+}
+
+stage_result stage_compute::work_on(const stage_work& work) {
+  auto step = work.batch->step();
+  auto result = compute(work);
+  if (result)
+    return std::move(*result);
+  const auto& options = model_->options();
+  auto why = std::make_shared<error>(std::move(result.error()));
+  why->cause = fmt::format("{} (layers {} to {}) could not compute step {}: {}", traits_.actor,
+                           options.first_layer, options.end_layer - 1, step, why->cause);
+  spdlog::error("{}", why->text());
+  return {step, nullptr, nullptr, std::move(why), kv_is_damaged_};
+}
+
+/// Verifies the pages that the step reads and breaks the seals of those that it writes.
+expected<void> stage_compute::open_pages(const proto::RunMicroBatch& batch) {
+  auto& seals = *traits_.seals;
+  auto num_pages = seals.shape().num_pages;
+  auto page_tokens = static_cast<std::uint32_t>(seals.shape().page_tokens);
+  for (auto page : pages_)
+    if (page < 0 || static_cast<std::size_t>(page) >= num_pages)
+      return fail(error_code::invalid_request,
+                  fmt::format("a block table names page {} of {}", page, num_pages));
+  read_pages_.clear();
+  for (int s = 0; s < batch.first_positions_size(); ++s) {
+    // The page that the first row goes to is read too, unless the row is its first.
+    auto count = (batch.first_positions(s) + page_tokens - 1) / page_tokens;
+    auto first = pages_.begin() + page_offsets_[static_cast<std::size_t>(s)];
+    read_pages_.insert(read_pages_.end(), first, first + std::min(count, batch.page_counts(s)));
+  }
+  auto fault = faults::hit(faults::point::kv_pages);
+  bool spoilt =
+    fault && fault->what == faults::kind::flip_bit && seals.flip_bit(read_pages_, fault->random);
+  if (auto damaged = seals.find_damage(read_pages_, spoilt)) {
+    kv_is_damaged_ = true;
+    return fail(error_code::internal, fmt::format("KV page {} is damaged", *damaged),
+                "its sequences are computed again; check the machine's memory if this recurs");
+  }
+  for (int s = 0; s < batch.first_positions_size(); ++s)
+    for (auto page = batch.first_positions(s) / page_tokens; page < batch.page_counts(s); ++page)
+      seals.open(
+        pages_[static_cast<std::size_t>(page_offsets_[static_cast<std::size_t>(s)]) + page]);
+  return {};
+}
+
+/// Seals the pages whose last position the step has written.
+void stage_compute::seal_pages(const proto::RunMicroBatch& batch) {
+  auto& seals = *traits_.seals;
+  auto page_tokens = static_cast<std::uint32_t>(seals.shape().page_tokens);
+  for (int s = 0; s < batch.first_positions_size(); ++s) {
+    auto end = (batch.first_positions(s) + batch.row_counts(s)) / page_tokens;
+    for (auto page = batch.first_positions(s) / page_tokens; page < end; ++page)
+      seals.seal(
+        pages_[static_cast<std::size_t>(page_offsets_[static_cast<std::size_t>(s)]) + page]);
+  }
 }
 
 expected<stage_result> stage_compute::compute(const stage_work& work) {
   const auto& batch = *work.batch;
+  kv_is_damaged_ = false;
   auto num_sequences = batch.first_positions_size();
   if (batch.row_counts_size() != num_sequences || batch.page_counts_size() != num_sequences)
     return fail(error_code::invalid_request,
@@ -174,9 +276,20 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
     experts_->set_step(batch.step());
     input.experts = experts_.get();
   }
+  if (traits_.seals)
+    if (auto opened = open_pages(batch); !opened)
+      return tl::unexpected(opened.error());
+  auto fault = faults::hit(faults::point::activation);
+  std::function<void(const kernels::rows_view&)> inject;
+  if (fault) {
+    inject = [&](const kernels::rows_view& computed) { spoil(*ops_, computed, *fault); };
+    input.spoil = &inject;
+  }
   auto hidden = model_->forward(input);
   if (!hidden)
     return tl::unexpected(hidden.error());
+  if (traits_.seals)
+    seal_pages(batch);
   stage_result result;
   result.step = batch.step();
   if (model_->is_last()) {
@@ -216,6 +329,12 @@ stage_compute::draw(const proto::RunMicroBatch& batch) {
   }
   if (auto drawn = model_->sample(rows_, params_, sampled_); !drawn)
     return tl::unexpected(drawn.error());
+  if (!traits_.unprotected)
+    for (std::size_t i = 0; i < count; ++i)
+      if (!std::isfinite(sampled_[i].logprob))
+        return fail(error_code::internal,
+                    fmt::format("the log-probability drawn from row {} is not finite", rows_[i]),
+                    "weights are damaged");
   auto done = std::make_shared<proto::MicroBatchDone>();
   done->set_replica(batch.replica());
   done->set_step(batch.step());

@@ -2,13 +2,17 @@
 
 #include "troupe/actors/data_plane.hpp"
 #include "troupe/actors/expert_group.hpp"
+#include "troupe/actors/injected.hpp"
 #include "troupe/actors/remote_experts.hpp"
+#include "troupe/memory/page_seals.hpp"
+#include "troupe/memory/pulse_page.hpp"
 #include "troupe/messages/serving_protocol.hpp"
 #include "troupe/model/deepseek.hpp"
 #include "troupe/recovery/stage_ledger.hpp"
 
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace troupe::actors {
@@ -27,6 +31,7 @@ struct stage_result {
   std::shared_ptr<transport::buffer> output;   ///< hidden states for the next stage
   std::shared_ptr<proto::MicroBatchDone> done; ///< the last stage's tokens
   std::shared_ptr<const error> failure;
+  bool kv_is_damaged = false; ///< with a failure
 };
 
 } // namespace troupe::actors
@@ -42,6 +47,14 @@ using stage_local =
 
 using stage_compute_actor = caf::typed_actor<caf::reacts_to<stage_work>>;
 
+/// Who a stage is and how carefully it works.
+struct stage_traits {
+  std::string actor = "stage";               ///< as planned: "replica-0/stage-1"
+  memory::activity pulse;                    ///< of its computing thread
+  bool unprotected = false;                  ///< for measuring only: nothing is checked or kept
+  std::shared_ptr<memory::page_seals> seals; ///< of its KV pages; null: they have none
+};
+
 /// The computing half of a stage, in a thread of its own so that the stage can always answer.
 /// Sends a stage_result to whoever sent the work, which must be a stage_local.
 class stage_compute : public stage_compute_actor::base {
@@ -49,20 +62,26 @@ public:
   /// `experts` is null where the model has its own.
   stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
                 std::shared_ptr<model::stage_model> model, std::shared_ptr<remote_experts> experts,
-                transport::buffer_pool buffers);
+                transport::buffer_pool buffers, stage_traits traits = {});
 
   behavior_type make_behavior() override;
 
 private:
+  stage_result work_on(const stage_work& work);
   expected<stage_result> compute(const stage_work& work);
+  expected<void> open_pages(const proto::RunMicroBatch& batch);
+  void seal_pages(const proto::RunMicroBatch& batch);
   expected<std::shared_ptr<proto::MicroBatchDone>> draw(const proto::RunMicroBatch& batch);
 
   std::shared_ptr<kernels::ops> ops_;
   std::shared_ptr<model::stage_model> model_;
   std::shared_ptr<remote_experts> experts_;
   transport::buffer_pool buffers_;
+  stage_traits traits_;
+  bool kv_is_damaged_ = false; ///< found in the present step
   // Reused from step to step.
-  std::vector<std::int32_t> tokens_, positions_, sequences_, pages_, page_offsets_, rows_;
+  std::vector<std::int32_t> tokens_, positions_, sequences_, pages_, page_offsets_, rows_,
+    read_pages_;
   std::vector<kernels::sampling_params> params_;
   std::vector<kernels::sampled_token> sampled_;
 };
@@ -74,7 +93,7 @@ class stage : public stage_local::base {
 public:
   stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t index,
         std::uint32_t num_stages, std::uint32_t hidden_size, std::shared_ptr<frame_sink> frames,
-        stage_compute_actor compute);
+        stage_compute_actor compute, bool unprotected = false);
 
   behavior_type make_behavior() override;
 
@@ -86,6 +105,7 @@ private:
     stage_result result;
   };
 
+  void run(const proto::RunMicroBatch& asked);
   void carry_out();
   void pass_on(std::uint64_t step);
   void report(std::uint64_t step);
@@ -98,6 +118,9 @@ private:
   stage_compute_actor compute_;
   recovery::stage_ledger ledger_;
   std::uint32_t num_stages_;
+  bool unprotected_;
+  std::uint64_t served_epoch_ = 0; ///< the newest that a micro-batch came in
+  injected_faults faults_;
   frame_target successor_;
   messages::scheduler_actor scheduler_;
   std::map<std::uint64_t, kept_step> kept_;

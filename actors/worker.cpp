@@ -2,6 +2,8 @@
 
 #include "troupe/actors/convert.hpp"
 #include "troupe/actors/dial.hpp"
+#include "troupe/base/fault_point.hpp"
+#include "troupe/base/identity.hpp"
 
 #include <chrono>
 
@@ -20,6 +22,9 @@ constexpr int exit_restart = 3;
 
 /// The same when it could not load what it was asked to.
 constexpr int exit_cannot_load = 4;
+
+/// The same when another process has taken its place.
+constexpr int exit_fenced = 5;
 
 /// Lets the last report leave before the process ends.
 constexpr auto farewell_time = 200ms;
@@ -57,7 +62,7 @@ void worker::dial_node() {
       hello.set_incarnation(options_.incarnation);
       hello.set_pid(static_cast<std::uint32_t>(::getpid()));
       send(node_, worker_hello{std::move(hello)});
-      if (parts_)
+      if (parts_ || (prepared_ && assignment_.name().empty()))
         report(proto::RUNNING, nullptr);
     },
     [this](const error& e) {
@@ -88,9 +93,12 @@ void worker::start_actors() {
   const auto& plan = assignment_.plan();
   for (auto& s : parts_->stages) {
     std::pair key{s.plan.replica(), s.plan.index()};
-    auto compute = spawn<stage_compute, caf::detached>(s.ops, s.model, s.experts, plane->buffers());
+    auto compute = spawn<stage_compute, caf::detached>(
+      s.ops, s.model, s.experts, plane->buffers(),
+      stage_traits{s.plan.id(), s.pulse, plan.unprotected(), s.seals});
     auto hidden = static_cast<std::uint32_t>(s.model->config().hidden_size);
-    auto handle = spawn<stage>(key.first, key.second, plan.num_stages(), hidden, plane, compute);
+    auto handle = spawn<stage>(key.first, key.second, plan.num_stages(), hidden, plane, compute,
+                               plan.unprotected());
     monitor(handle);
     plane->route_boundary(key.first, key.second, [handle](frame_ptr arrived) {
       caf::anon_send(handle, std::move(arrived));
@@ -98,7 +106,8 @@ void worker::start_actors() {
     stages_.emplace(key, handle);
   }
   for (auto& g : parts_->expert_groups) {
-    auto handle = spawn<expert_group, caf::detached>(g.plan.index(), plane, g.ops, g.experts);
+    auto handle = spawn<expert_group, caf::detached>(g.plan.index(), plane, g.ops, g.experts,
+                                                     g.plan.id(), g.pulse);
     monitor(handle);
     plane->route_dispatch(
       g.plan.index(), [handle](frame_ptr arrived) { caf::anon_send(handle, std::move(arrived)); });
@@ -113,29 +122,83 @@ void worker::take_view() {
     send(handle, view_);
 }
 
+/// Preparing and loading read files: on threads of their own.
+void worker::prepare(const proto::ClusterPlan& plan) {
+  preparing_ = true;
+  auto self = caf::actor_cast<worker_local>(this);
+  system().spawn<caf::detached>([self, plan](caf::event_based_actor*) {
+    load_outcome outcome;
+    if (auto prepared = prepare_parts(plan))
+      outcome.prepared = std::make_shared<prepared_parts>(std::move(*prepared));
+    else
+      outcome.failure = std::make_shared<error>(prepared.error());
+    caf::anon_send(self, std::move(outcome));
+  });
+}
+
+void worker::load() {
+  auto self = caf::actor_cast<worker_local>(this);
+  system().spawn<caf::detached>([self, assigned = assignment_, prepared = prepared_,
+                                 pulse = options_.pulse](caf::event_based_actor*) {
+    faults::suffer(faults::point::worker_loading);
+    load_outcome outcome;
+    auto parts = load_parts(*prepared, assigned, assigned.incarnation(), *pulse);
+    faults::suffer(faults::point::worker_loaded);
+    if (parts)
+      outcome.parts = *parts;
+    else
+      outcome.failure = std::make_shared<error>(parts.error());
+    caf::anon_send(self, std::move(outcome));
+  });
+}
+
+void worker::take_assignment(const proto::WorkerAssignment& assignment) {
+  if (!assignment_.name().empty())
+    return; // of a connection that broke before: this worker is what it is
+  if (assignment.name().empty()) {
+    if (!preparing_)
+      prepare(assignment.plan());
+    return;
+  }
+  if (options_.name != assignment.name()) {
+    faults::suffer(faults::point::worker_activated);
+    spdlog::info("takes the place of {} (incarnation {})", assignment.name(),
+                 assignment.incarnation());
+    set_process_name(assignment.name());
+  }
+  assignment_ = assignment;
+  options_.name = assignment.name();
+  options_.incarnation = assignment.incarnation();
+  report(proto::LOADING, nullptr);
+  if (prepared_)
+    load();
+  else if (!preparing_)
+    prepare(assignment.plan());
+}
+
+void worker::fail_to_load(const error& why) {
+  spdlog::critical("{}", why.text());
+  report(proto::FAILED, &why);
+  exit_code_->store(exit_cannot_load);
+  delayed_send(this, farewell_time, stop_atom::value);
+}
+
 worker::behavior_type worker::make_behavior() {
   return {
-    [this](const worker_assignment& assignment) {
-      if (!assignment_.name().empty())
-        return; // of a connection that broke before: this worker is what it is
-      assignment_ = assignment.body;
-      report(proto::LOADING, nullptr);
-      auto self = caf::actor_cast<worker_local>(this);
-      system().spawn<caf::detached>([self, assigned = assignment_,
-                                     incarnation = options_.incarnation](caf::event_based_actor*) {
-        auto parts = load_parts(assigned, incarnation);
-        load_outcome outcome;
-        if (parts)
-          outcome.parts = *parts;
-        else
-          outcome.failure = std::make_shared<error>(parts.error());
-        caf::anon_send(self, std::move(outcome));
-      });
-    },
+    [this](const worker_assignment& assignment) { take_assignment(assignment.body); },
     [this](const cluster_view& view) {
       if (view->version() <= view_->version())
         return;
       view_ = view;
+      for (const auto& w : view->workers()) {
+        if (w.plan().name() != options_.name || w.incarnation() <= options_.incarnation)
+          continue;
+        spdlog::critical("another process (incarnation {}) has taken this one's place; ending",
+                         w.incarnation());
+        exit_code_->store(exit_fenced);
+        quit();
+        return;
+      }
       take_view();
     },
     [this](stage_atom, std::uint32_t replica, std::uint32_t index) -> caf::result<stage_actor> {
@@ -152,17 +215,21 @@ worker::behavior_type worker::make_behavior() {
     },
     [this](const load_outcome& outcome) {
       if (outcome.failure) {
-        spdlog::critical("{}", outcome.failure->text());
-        report(proto::FAILED, outcome.failure.get());
-        exit_code_->store(exit_cannot_load);
-        delayed_send(this, farewell_time, stop_atom::value);
-        return;
+        fail_to_load(*outcome.failure);
+      } else if (outcome.prepared) {
+        prepared_ = outcome.prepared;
+        if (assignment_.name().empty())
+          report(proto::RUNNING, nullptr);
+        else
+          load();
+      } else {
+        parts_ = outcome.parts;
+        start_actors();
+        take_view();
+        report(proto::RUNNING, nullptr);
       }
-      parts_ = outcome.parts;
-      start_actors();
-      take_view();
-      report(proto::RUNNING, nullptr);
     },
+    [this](knock_atom) { options_.pulse->answered(); },
     [this](stop_atom) { quit(); },
   };
 }

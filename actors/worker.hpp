@@ -14,8 +14,9 @@
 
 namespace troupe::actors {
 
-/// What loading ended in: one of the two.
+/// What preparing or loading ended in: one of the three.
 struct load_outcome {
+  std::shared_ptr<prepared_parts> prepared;
   std::shared_ptr<worker_parts> parts;
   std::shared_ptr<const error> failure;
 };
@@ -32,15 +33,25 @@ struct worker_options {
   std::uint64_t incarnation = 0;
   std::string node_host;
   std::uint16_t node_port = 0;
+  std::shared_ptr<memory::pulse> pulse; ///< never null
 };
 
 using worker_local =
   messages::worker_actor::extend<caf::reacts_to<start_atom, std::uint16_t>,
-                                 caf::reacts_to<load_outcome>, caf::reacts_to<stop_atom>>;
+                                 caf::reacts_to<load_outcome>, caf::reacts_to<knock_atom>,
+                                 caf::reacts_to<stop_atom>>;
 
 /// The root of a worker process: asks its node what to be, loads that, spawns stages and expert
-/// groups and tells them of every view. Ends, and the process with it, when an actor of its dies:
-/// a worker is replaced as a whole. When the node dies, the kernel ends the process.
+/// groups and tells them of every view. A standby is told to prepare first, and whose name and
+/// actors to take when it is needed:
+///
+///     dialling --assignment without a name--> preparing --> ready --assignment--> loading -->
+///     running
+///              --------------------------assignment------------------------------^
+///
+/// Ends, and the process with it, when an actor of its dies: a worker is replaced as a whole. It
+/// also ends when a view says that another process has its name: it was taken for dead. When the
+/// node dies, the kernel ends the process.
 class worker : public worker_local::base {
 public:
   /// `exit_code` is what the process is to return; set before the actor ends.
@@ -51,6 +62,10 @@ public:
 
 private:
   void dial_node();
+  void take_assignment(const proto::WorkerAssignment& assignment);
+  void prepare(const proto::ClusterPlan& plan);
+  void load();
+  void fail_to_load(const error& why);
   void start_actors();
   void take_view();
   void report(proto::ProcessState state, const error* why);
@@ -59,7 +74,9 @@ private:
   std::shared_ptr<std::atomic<int>> exit_code_;
   std::uint16_t port_ = 0;
   messages::node_supervisor_actor node_;
-  proto::WorkerAssignment assignment_;
+  proto::WorkerAssignment assignment_; ///< without a name until there is one to take
+  bool preparing_ = false;
+  std::shared_ptr<prepared_parts> prepared_;
   std::shared_ptr<worker_parts> parts_;
   std::map<std::pair<std::uint32_t, std::uint32_t>, stage_local> stages_;
   messages::cluster_view view_;

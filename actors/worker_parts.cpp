@@ -1,8 +1,5 @@
 #include "troupe/actors/worker_parts.hpp"
 
-#include "troupe/model/checkpoint.hpp"
-#include "troupe/model/model_config.hpp"
-
 #include <algorithm>
 #include <chrono>
 
@@ -16,15 +13,18 @@ namespace {
 struct loader {
   const proto::WorkerAssignment& assignment;
   std::uint64_t incarnation;
+  memory::pulse& pulse;
   model::model_config config;
   std::shared_ptr<model::checkpoint> weights;
   std::shared_ptr<worker_parts> parts;
 
   const proto::ClusterPlan& plan() const { return assignment.plan(); }
 
-  std::shared_ptr<kernels::ops> make_ops() const {
+  /// The kernels count their progress in the activity, so it lives as long as they do.
+  std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse) const {
     auto threads = std::max<std::uint32_t>(1, plan().compute_threads());
-    return kernels::make_cpu_ops(static_cast<std::int32_t>(threads));
+    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter());
+    return {made.release(), [pulse](kernels::ops* owned) { delete owned; }};
   }
 
   expected<std::shared_ptr<remote_experts>> connect_experts(const loaded_stage& s) const {
@@ -39,18 +39,26 @@ struct loader {
       return tl::unexpected(dispatch.error());
     return std::make_shared<remote_experts>(
       parts->plane, *s.ops, std::move(*dispatch), std::pair{s.plan.replica(), s.plan.index()},
-      incarnation, std::chrono::milliseconds(plan().recovery_deadline_ms()));
+      incarnation,
+      call_limits{std::chrono::milliseconds(plan().recovery_deadline_ms()),
+                  std::chrono::milliseconds(plan().dispatch_timeout_ms())},
+      s.pulse);
   }
 
   expected<void> load_stage(const proto::ActorPlan& actor) {
     loaded_stage s;
     s.plan = actor;
-    s.ops = make_ops();
+    auto pulsing = pulse.add(actor.id());
+    if (!pulsing)
+      return tl::unexpected(pulsing.error());
+    s.pulse = std::move(*pulsing);
+    s.ops = make_ops(s.pulse);
     model::stage_options options;
     options.first_layer = static_cast<std::int32_t>(actor.first_layer());
     options.end_layer = static_cast<std::int32_t>(actor.end_layer());
     options.max_rows = static_cast<std::int32_t>(plan().max_batch_tokens());
     options.with_local_experts = plan().num_expert_groups() == 0;
+    options.checks_finite = !plan().unprotected();
     auto model = model::stage_model::load(weights, config, options, *s.ops);
     if (!model)
       return tl::unexpected(model.error());
@@ -58,7 +66,7 @@ struct loader {
     for (const auto& kv : assignment.kv()) {
       if (kv.actor() != actor.id())
         continue;
-      auto segment = memory::segment::attach(kv.inherited_fd(), kv.bytes());
+      auto segment = memory::segment::attach_from(kv.owner_pid(), kv.owner_fd(), kv.bytes());
       if (!segment)
         return tl::unexpected(segment.error());
       s.kv = std::make_shared<memory::segment>(std::move(*segment));
@@ -71,6 +79,7 @@ struct loader {
                   fmt::format("{} has {} bytes of KV memory where it needs {}", actor.id(),
                               s.kv ? s.kv->size() : 0, needed));
     s.model->attach_kv(s.kv->bytes().data(), pages, page_tokens);
+    make_seals(s, needed);
     if (!options.with_local_experts) {
       auto experts = connect_experts(s);
       if (!experts)
@@ -81,10 +90,27 @@ struct loader {
     return {};
   }
 
+  /// The sums lie behind the pages.
+  void make_seals(loaded_stage& s, std::size_t bytes_of_pages) const {
+    memory::page_seals::layout shape;
+    shape.num_layers = s.plan.end_layer() - s.plan.first_layer();
+    shape.num_pages = plan().kv_pages();
+    shape.page_tokens = plan().page_tokens();
+    shape.page_bytes = bytes_of_pages / (shape.num_layers * shape.num_pages);
+    if (plan().unprotected() || shape.bytes() != bytes_of_pages || bytes_of_pages % 8 != 0
+        || s.kv->size() < bytes_of_pages + memory::page_seals::bytes(shape.num_pages))
+      return;
+    s.seals = std::make_shared<memory::page_seals>(s.kv->bytes(), shape);
+  }
+
   expected<void> load_expert_group(const proto::ActorPlan& actor) {
     loaded_expert_group g;
     g.plan = actor;
-    g.ops = make_ops();
+    auto pulsing = pulse.add(actor.id());
+    if (!pulsing)
+      return tl::unexpected(pulsing.error());
+    g.pulse = std::move(*pulsing);
+    g.ops = make_ops(g.pulse);
     model::expert_range range{static_cast<std::int32_t>(actor.first_expert()),
                               static_cast<std::int32_t>(actor.end_expert())};
     auto experts = model::expert_group_model::load(weights, config, range, *g.ops);
@@ -98,31 +124,46 @@ struct loader {
 
 } // namespace
 
-expected<std::shared_ptr<worker_parts>> load_parts(const proto::WorkerAssignment& assignment,
-                                                   std::uint64_t incarnation) {
-  const auto& plan = assignment.plan();
+expected<prepared_parts> prepare_parts(const proto::ClusterPlan& plan) {
   auto config = model::load_model_config(plan.model_path());
   if (!config)
     return tl::unexpected(config.error());
   auto weights = model::checkpoint::open(plan.model_path());
   if (!weights)
     return tl::unexpected(weights.error());
-  auto plane = data_plane::start(assignment.name(), incarnation, plan.transport_interface());
+  auto plane = data_plane::prepare(plan.transport_interface(), !plan.unprotected());
   if (!plane)
     return tl::unexpected(plane.error());
-  loader l{assignment, incarnation, std::move(*config), std::move(*weights),
+  return prepared_parts{std::move(*config), std::move(*weights), std::move(*plane)};
+}
+
+expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
+                                                   const proto::WorkerAssignment& assignment,
+                                                   std::uint64_t incarnation,
+                                                   memory::pulse& pulse) {
+  prepared.plane->identify(assignment.name(), incarnation);
+  loader l{assignment,
+           incarnation,
+           pulse,
+           std::move(prepared.config),
+           std::move(prepared.weights),
            std::make_shared<worker_parts>()};
-  l.parts->plane = std::move(*plane);
-  for (const auto& worker : plan.workers()) {
-    if (worker.name() != assignment.name())
-      continue;
-    for (const auto& actor : worker.actors()) {
-      auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
-      if (!loaded)
-        return tl::unexpected(loaded.error());
-    }
+  l.parts->plane = std::move(prepared.plane);
+  for (const auto& actor : assignment.actors()) {
+    auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
+    if (!loaded)
+      return tl::unexpected(loaded.error());
   }
   return l.parts;
+}
+
+expected<std::shared_ptr<worker_parts>> load_parts(const proto::WorkerAssignment& assignment,
+                                                   std::uint64_t incarnation,
+                                                   memory::pulse& pulse) {
+  auto prepared = prepare_parts(assignment.plan());
+  if (!prepared)
+    return tl::unexpected(prepared.error());
+  return load_parts(std::move(*prepared), assignment, incarnation, pulse);
 }
 
 } // namespace troupe::actors

@@ -2,9 +2,13 @@
 
 #include "troupe/actors/data_plane.hpp"
 #include "troupe/kernels/ops.hpp"
+#include "troupe/memory/page_seals.hpp"
+#include "troupe/memory/pulse_page.hpp"
 #include "troupe/memory/segment.hpp"
+#include "troupe/model/checkpoint.hpp"
 #include "troupe/model/deepseek.hpp"
 #include "troupe/model/expert_group_model.hpp"
+#include "troupe/model/model_config.hpp"
 #include "troupe/actors/remote_experts.hpp"
 #include "cluster.pb.h"
 
@@ -19,7 +23,9 @@ struct loaded_stage {
   std::shared_ptr<kernels::ops> ops;
   std::shared_ptr<memory::segment> kv;
   std::shared_ptr<model::stage_model> model;
-  std::shared_ptr<remote_experts> experts; ///< null where the stage has its own
+  std::shared_ptr<remote_experts> experts;   ///< null where the stage has its own
+  memory::activity pulse;                    ///< of its computing thread
+  std::shared_ptr<memory::page_seals> seals; ///< null where the KV memory has no room for them
 };
 
 /// What an expert group computes with.
@@ -27,6 +33,7 @@ struct loaded_expert_group {
   proto::ActorPlan plan;
   std::shared_ptr<kernels::ops> ops;
   std::shared_ptr<model::expert_group_model> experts;
+  memory::activity pulse; ///< of its thread
 };
 
 /// Everything that a worker's actors stand on.
@@ -36,9 +43,26 @@ struct worker_parts {
   std::vector<loaded_expert_group> expert_groups;
 };
 
-/// Reads what the assignment asks for: maps the weights, attaches the KV memory, opens the
-/// transport. Blocks on files; call it on a thread of its own.
+/// What a worker needs whatever its part is to be: a standby has it ready.
+struct prepared_parts {
+  model::model_config config;
+  std::shared_ptr<model::checkpoint> weights;
+  std::shared_ptr<data_plane> plane; ///< open, not yet named
+};
+
+/// Reads the model's configuration, maps its files and opens the transport. Blocks on files; call
+/// it on a thread of its own.
+expected<prepared_parts> prepare_parts(const proto::ClusterPlan& plan);
+
+/// Reads what the assignment asks for: its actors with their weights, and the KV memory of its
+/// stages from the process that owns it. Each actor gets an activity of `pulse`. Blocks on files;
+/// call it on a thread of its own.
+expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
+                                                   const proto::WorkerAssignment& assignment,
+                                                   std::uint64_t incarnation, memory::pulse& pulse);
+
+/// Both at once.
 expected<std::shared_ptr<worker_parts>> load_parts(const proto::WorkerAssignment& assignment,
-                                                   std::uint64_t incarnation);
+                                                   std::uint64_t incarnation, memory::pulse& pulse);
 
 } // namespace troupe::actors

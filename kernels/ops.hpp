@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -205,6 +206,9 @@ public:
 /// The CPU back end: float32 activations and accumulation, weights expanded in registers.
 /// `num_threads` >= 1 includes the calling thread. Chooses AVX-512, AVX2 or
 /// portable code at run time; TROUPE_CPU=avx2|portable in the environment asks for less.
-std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads);
+/// `progress`, which outlives the object, is counted up in steps that never take long, whatever
+/// the size of an operation: who watches it can tell a long computation from one that hangs.
+std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads,
+                                  std::atomic<std::uint64_t>* progress = nullptr);
 
 } // namespace troupe::kernels

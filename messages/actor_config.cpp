@@ -40,6 +40,8 @@ void actor_config::add_types() {
   add_message_type<cluster_plan>("cluster_plan");
   add_message_type<cluster_status>("cluster_status");
   add_message_type<replay_report>("replay_report");
+  add_message_type<node_heartbeat>("node_heartbeat");
+  add_message_type<frontend_heartbeat>("frontend_heartbeat");
   add_message_type<run_micro_batch>("run_micro_batch");
   add_message_type<micro_batch_done>("micro_batch_done");
   add_message_type<micro_batch_failed>("micro_batch_failed");

@@ -128,6 +128,14 @@ inline void add_values(const key_block& keys, std::int64_t width, const float* s
   }
 }
 
+/// Tells that so many positions are done.
+inline void tick(const attention_args& args, std::int32_t position) {
+  constexpr std::int32_t kPositionsOfTick = 32 * kPositionBlock;
+  if (position % kPositionsOfTick == 0 && args.progress != nullptr) {
+    args.progress->fetch_add(1, std::memory_order_relaxed);
+  }
+}
+
 inline void attention(const attention_args& args, std::int32_t first, std::int32_t last,
                       float* scratch) {
   const std::int32_t num_heads = last - first;
@@ -150,6 +158,7 @@ inline void attention(const attention_args& args, std::int32_t first, std::int32
   }
   for (std::int32_t i = 0; i < args.length; i += kPositionBlock) {
     score_block(args, q, find_keys(args, i, copies), num_heads, scores + i, score_stride);
+    tick(args, i);
   }
   float sums[kMaxAttentionHeads];
   for (std::int32_t h = 0; h < num_heads; ++h) {
@@ -164,6 +173,7 @@ inline void attention(const attention_args& args, std::int32_t first, std::int32
     for (; h < num_heads; ++h) {
       add_values<1>(keys, width, scores + h * score_stride + i, score_stride, values + h * width);
     }
+    tick(args, i);
   }
   for (std::int32_t h = 0; h < num_heads; ++h) {
     const float inverse = 1.0F / sums[h];

@@ -21,8 +21,8 @@ std::size_t size_of(element_type type) {
   return 0;
 }
 
-std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads) {
-  return std::make_unique<cpu::cpu_ops>(cpu::choose_kernels(), num_threads);
+std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads, std::atomic<std::uint64_t>* progress) {
+  return std::make_unique<cpu::cpu_ops>(cpu::choose_kernels(), num_threads, progress);
 }
 
 namespace cpu {
@@ -31,6 +31,16 @@ namespace {
 
 /// Products (or elements) worth waking another thread for: some 5 us of work.
 constexpr std::int64_t kWorkOfChunk = 1 << 16;
+
+/// Products between two ticks: a millisecond of fast code, some ten of slow, and so few
+/// bytes of weights that they come from a disk in time.
+constexpr std::int64_t kWorkOfTick = 1 << 23;
+
+/// Rows that share a panel of weights before a tick.
+constexpr std::int32_t kRowsOfTick = 512;
+
+/// Bytes between two ticks where memory is only moved.
+constexpr std::size_t kBytesOfTick = std::size_t{1} << 24;
 
 /// Chunks a thread, so that one that comes late has not much to catch up on.
 constexpr std::int32_t kChunksPerThread = 4;
@@ -54,8 +64,12 @@ const std::int32_t* table_of(const batch_view& batch, std::int32_t row) {
 
 } // namespace
 
-cpu_ops::cpu_ops(const kernel_table& kernels, std::int32_t num_threads)
-  : kernels_(kernels), pool_(std::max(num_threads, 1)), memory_(pool_.size()) {
+cpu_ops::cpu_ops(const kernel_table& kernels, std::int32_t num_threads,
+                 std::atomic<std::uint64_t>* progress)
+  : kernels_(kernels),
+    progress_(progress == nullptr ? &unwatched_ : progress),
+    pool_(std::max(num_threads, 1)),
+    memory_(pool_.size()) {
   description_ = std::string("cpu (") + kernels_.name + ", " + std::to_string(pool_.size())
                  + (pool_.size() == 1 ? " thread)" : " threads)");
 }
@@ -65,7 +79,10 @@ std::shared_ptr<void> cpu_ops::allocate(std::size_t bytes) {
   if (memory == nullptr) {
     return nullptr;
   }
-  std::memset(memory, 0, bytes);
+  for (std::size_t at = 0; at < bytes; at += kBytesOfTick) {
+    std::memset(static_cast<char*>(memory) + at, 0, std::min(kBytesOfTick, bytes - at));
+    tick();
+  }
   return {memory, std::free};
 }
 
@@ -73,6 +90,7 @@ void cpu_ops::copy_to_host(const rows_view& from, void* to) {
   const auto bytes = static_cast<std::size_t>(from.num_cols) * 4;
   for (std::int32_t m = 0; m < from.num_rows; ++m) {
     std::memcpy(static_cast<char*>(to) + m * bytes, row_of(from, m), bytes);
+    tick_at_row(m);
   }
 }
 
@@ -80,6 +98,7 @@ void cpu_ops::copy_from_host(const void* from, const rows_view& to) {
   const auto bytes = static_cast<std::size_t>(to.num_cols) * 4;
   for (std::int32_t m = 0; m < to.num_rows; ++m) {
     std::memcpy(row_of(to, m), static_cast<const char*>(from) + m * bytes, bytes);
+    tick_at_row(m);
   }
 }
 
@@ -98,10 +117,22 @@ void cpu_ops::for_rows(std::int32_t num_rows, std::int64_t work_a_row, Work&& wo
   const std::int64_t chunks = num_chunks(num_rows * work_a_row, num_rows);
   pool_.run(static_cast<std::int32_t>(chunks), [&](std::int32_t chunk, std::int32_t thread) {
     const auto last = static_cast<std::int32_t>(num_rows * (chunk + 1) / chunks);
+    std::int64_t done = 0;
     for (auto m = static_cast<std::int32_t>(num_rows * chunk / chunks); m < last; ++m) {
       work(m, thread);
+      if ((done += work_a_row) >= kWorkOfTick) {
+        tick();
+        done = 0;
+      }
     }
+    tick();
   });
+}
+
+void cpu_ops::tick_at_row(std::int32_t row) {
+  if ((row + 1) % kRowsOfTick == 0) {
+    tick();
+  }
 }
 
 float* cpu_ops::linear_scratch(std::int32_t thread) {
@@ -139,6 +170,28 @@ cpu_ops::readable_rows cpu_ops::make_readable(const rows_view& x, std::int32_t n
   return {copy, stride};
 }
 
+void cpu_ops::multiply(linear_args args, std::int32_t first, std::int32_t last,
+                       std::int32_t thread) {
+  const std::int32_t num_rows = args.num_rows;
+  const float* x = args.x;
+  const std::int32_t* rows = args.rows;
+  float* out = args.out;
+  for (std::int32_t m = 0; m < num_rows; m += kRowsOfTick) {
+    args.num_rows = std::min(kRowsOfTick, num_rows - m);
+    args.x = rows == nullptr ? x + m * args.x_stride : x;
+    args.rows = rows == nullptr ? nullptr : rows + m;
+    args.out = out + m * args.out_stride;
+    const std::int64_t panel = std::int64_t{args.num_rows} * args.w.num_cols * kPanelColumns;
+    const auto step = static_cast<std::int32_t>(
+                        std::max<std::int64_t>(kWorkOfTick / std::max<std::int64_t>(panel, 1), 1))
+                      * kPanelColumns;
+    for (std::int32_t n = first; n < last; n += step) {
+      kernels_.linear(args, n, std::min(last, n + step), linear_scratch(thread));
+      tick();
+    }
+  }
+}
+
 void cpu_ops::multiply(const linear_args& args) {
   const std::int32_t num_panels = (args.w.num_rows + kPanelColumns - 1) / kPanelColumns;
   const std::int64_t work = std::int64_t{args.num_rows} * args.w.num_rows * args.w.num_cols;
@@ -146,7 +199,7 @@ void cpu_ops::multiply(const linear_args& args) {
   pool_.run(static_cast<std::int32_t>(chunks), [&](std::int32_t chunk, std::int32_t thread) {
     const auto first = static_cast<std::int32_t>(num_panels * chunk / chunks * kPanelColumns);
     const auto last = static_cast<std::int32_t>(num_panels * (chunk + 1) / chunks * kPanelColumns);
-    kernels_.linear(args, first, std::min(last, args.w.num_rows), linear_scratch(thread));
+    multiply(args, first, std::min(last, args.w.num_rows), thread);
   });
 }
 
@@ -192,7 +245,7 @@ void cpu_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride, co
       args.w.num_cols = in_dim;
       args.out = static_cast<float*>(out.data) + std::int64_t{h} * out_head_stride;
       args.out_stride = out.stride;
-      kernels_.linear(args, 0, out_dim, linear_scratch(thread));
+      multiply(args, 0, out_dim, thread);
     }
   });
 }
@@ -260,6 +313,7 @@ void cpu_ops::latent_attention(const rows_view& q_latent, const rows_view& q_rop
     args.latent_dim = kv.latent_dim;
     args.rope_dim = kv.rope_dim;
     args.length = batch.positions[m] + 1;
+    args.progress = progress_;
     args.out = row_of(out, m);
     float* memory = memory_[thread].attention.take(
       attention_scratch(group, kv.latent_dim, kv.rope_dim, args.length));
@@ -340,8 +394,7 @@ void cpu_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
       const expert_run& run = runs[item / cuts];
       const std::int64_t cut = item % cuts;
       work(run, static_cast<std::int32_t>(num_panels * cut / cuts * kPanelColumns),
-           static_cast<std::int32_t>(num_panels * (cut + 1) / cuts * kPanelColumns),
-           linear_scratch(thread));
+           static_cast<std::int32_t>(num_panels * (cut + 1) / cuts * kPanelColumns), thread);
     };
     if (chunks == 1) {
       for (std::int32_t item = 0; item < num_runs * cuts; ++item) {
@@ -352,46 +405,47 @@ void cpu_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
     }
   };
 
-  for_columns(widest, 2 * std::int64_t{widest} * x.num_cols,
-              [&](const expert_run& run, std::int32_t first, std::int32_t last, float* memory) {
-                const expert_weights& expert = experts[run.expert];
-                const std::int32_t width = expert.gate.num_rows;
-                last = std::min(last, width);
-                if (first >= last) {
-                  return;
-                }
-                linear_args args;
-                args.x = input.data;
-                args.x_stride = input.stride;
-                args.rows = task_rows + run.first;
-                args.num_rows = run.count;
-                args.out_stride = stride;
-                args.w = expert.gate;
-                args.out = gates + run.first * stride;
-                kernels_.linear(args, first, last, memory);
-                args.w = expert.up;
-                args.out = ups + run.first * stride;
-                kernels_.linear(args, first, last, memory);
-                for (std::int32_t t = run.first; t < run.first + run.count; ++t) {
-                  float* gate = gates + t * stride;
-                  kernels_.swiglu(gate + first, ups + t * stride + first, last - first,
-                                  gate + first);
-                  if (last == width) {
-                    std::fill(gate + width, gate + padded(width), 0.0F);
-                  }
-                }
-              });
-  for_columns(out.num_cols, std::int64_t{widest} * out.num_cols,
-              [&](const expert_run& run, std::int32_t first, std::int32_t last, float* memory) {
-                linear_args args;
-                args.x = gates + run.first * stride;
-                args.x_stride = stride;
-                args.num_rows = run.count;
-                args.w = experts[run.expert].down;
-                args.out = row_of(out, run.first);
-                args.out_stride = out.stride;
-                kernels_.linear(args, first, std::min(last, args.w.num_rows), memory);
-              });
+  for_columns(
+    widest, 2 * std::int64_t{widest} * x.num_cols,
+    [&](const expert_run& run, std::int32_t first, std::int32_t last, std::int32_t thread) {
+      const expert_weights& expert = experts[run.expert];
+      const std::int32_t width = expert.gate.num_rows;
+      last = std::min(last, width);
+      if (first >= last) {
+        return;
+      }
+      linear_args args;
+      args.x = input.data;
+      args.x_stride = input.stride;
+      args.rows = task_rows + run.first;
+      args.num_rows = run.count;
+      args.out_stride = stride;
+      args.w = expert.gate;
+      args.out = gates + run.first * stride;
+      multiply(args, first, last, thread);
+      args.w = expert.up;
+      args.out = ups + run.first * stride;
+      multiply(args, first, last, thread);
+      for (std::int32_t t = run.first; t < run.first + run.count; ++t) {
+        float* gate = gates + t * stride;
+        kernels_.swiglu(gate + first, ups + t * stride + first, last - first, gate + first);
+        if (last == width) {
+          std::fill(gate + width, gate + padded(width), 0.0F);
+        }
+      }
+    });
+  for_columns(
+    out.num_cols, std::int64_t{widest} * out.num_cols,
+    [&](const expert_run& run, std::int32_t first, std::int32_t last, std::int32_t thread) {
+      linear_args args;
+      args.x = gates + run.first * stride;
+      args.x_stride = stride;
+      args.num_rows = run.count;
+      args.w = experts[run.expert].down;
+      args.out = row_of(out, run.first);
+      args.out_stride = out.stride;
+      multiply(args, first, std::min(last, args.w.num_rows), thread);
+    });
 }
 
 void cpu_ops::combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
@@ -409,8 +463,9 @@ void cpu_ops::combine(const rows_view& expert_out, std::span<const std::int32_t>
 
 void cpu_ops::sample(const rows_view& logits, std::span<const sampling_params> params,
                      std::span<sampled_token> out) {
+  // As much as a wide distribution takes, whose tokens have to be sorted.
   for_rows(
-    logits.num_rows, 8 * std::int64_t{logits.num_cols}, [&](std::int32_t m, std::int32_t thread) {
+    logits.num_rows, 64 * std::int64_t{logits.num_cols}, [&](std::int32_t m, std::int32_t thread) {
       out[m] = memory_[thread].tokens.draw(kernels_, row_of(logits, m), logits.num_cols, params[m]);
     });
 }

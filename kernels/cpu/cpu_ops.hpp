@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -17,7 +18,8 @@ namespace troupe::kernels::cpu {
 /// thread at a time; memory is kept between calls.
 class cpu_ops final : public ops {
 public:
-  cpu_ops(const kernel_table& kernels, std::int32_t num_threads);
+  cpu_ops(const kernel_table& kernels, std::int32_t num_threads,
+          std::atomic<std::uint64_t>* progress = nullptr);
 
   const char* description() const override { return description_.c_str(); }
   element_type activation_type() const override { return element_type::f32; }
@@ -81,13 +83,19 @@ private:
 
   readable_rows make_readable(const rows_view& x, std::int32_t num_cols);
   void multiply(const linear_args& args);
+  /// The columns first..last-1 of all rows, on one thread.
+  void multiply(linear_args args, std::int32_t first, std::int32_t last, std::int32_t thread);
   template <class Work>
   void for_rows(std::int32_t num_rows, std::int64_t work_a_row, Work&& work);
   std::int32_t num_chunks(std::int64_t work, std::int32_t most) const;
   float* linear_scratch(std::int32_t thread);
+  void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
+  void tick_at_row(std::int32_t row);
 
   const kernel_table& kernels_;
   std::string description_;
+  std::atomic<std::uint64_t> unwatched_{0};
+  std::atomic<std::uint64_t>* progress_;
   thread_pool pool_;
   std::vector<thread_memory> memory_; // [threads]
   scratch<float> padded_input_;

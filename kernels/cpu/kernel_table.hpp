@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "troupe/kernels/ops.hpp"
@@ -50,7 +51,8 @@ struct attention_args {
   std::int32_t latent_dim = 0;
   std::int32_t rope_dim = 0;
   std::int32_t length = 0;
-  float* out = nullptr; ///< [num_heads, latent_dim]
+  float* out = nullptr;                           ///< [num_heads, latent_dim]
+  std::atomic<std::uint64_t>* progress = nullptr; ///< counted up on the way; may be null
 };
 
 /// Heads that one call of `kernel_table::attention` takes at most.

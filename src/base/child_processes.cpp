@@ -1,17 +1,22 @@
 #include "troupe/base/child_processes.hpp"
 
+#include "troupe/base/fault_point.hpp"
 #include "troupe/base/unique_fd.hpp"
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <future>
+#include <iterator>
 #include <mutex>
 #include <thread>
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -81,11 +86,30 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
   ::_exit(127);
 }
 
+/// Its directory may be gone, for temporary ones are tidied up by strangers.
+unique_fd open_log(const std::string& path) {
+  constexpr int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC;
+  unique_fd log(::open(path.c_str(), flags, 0600));
+  if (log || errno != ENOENT)
+    return log;
+  std::error_code failed;
+  std::filesystem::create_directories(std::filesystem::path(path).parent_path(), failed);
+  return unique_fd(::open(path.c_str(), flags, 0600));
+}
+
 int open_pidfd(pid_t pid) {
   return static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
 }
 
 } // namespace
+
+char task_state(pid_t process, pid_t thread) {
+  std::ifstream file(fmt::format("/proc/{}/task/{}/stat", process, thread));
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  auto behind_name = text.rfind(')');
+  return behind_name == std::string::npos || behind_name + 2 >= text.size() ? '?'
+                                                                            : text[behind_name + 2];
+}
 
 std::string child_exit::text() const {
   return signalled ? fmt::format("killed by signal {}", status)
@@ -151,12 +175,13 @@ struct child_processes::state {
 
     unique_fd log;
     if (!spec.log_path.empty()) {
-      log =
-        unique_fd(::open(spec.log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
-      if (!log)
-        return fail(error_code::io_failed,
-                    fmt::format("cannot open the log {}: {}", spec.log_path, std::strerror(errno)));
-      l.log_fd = log.get();
+      log = open_log(spec.log_path);
+      // Bringing a process back matters more than what it has to say.
+      if (log)
+        l.log_fd = log.get();
+      else
+        spdlog::error("cannot open the log {} of {}: {}; it goes on without", spec.log_path,
+                      spec.name, std::strerror(errno));
     }
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC) != 0)
@@ -165,7 +190,14 @@ struct child_processes::state {
     unique_fd write_end(ends[1]);
     l.failure_fd = write_end.get();
 
-    pid_t pid = ::fork();
+    auto injected = faults::hit(faults::point::process_spawn, spec.name);
+    if (injected && injected->what == faults::kind::delay)
+      std::this_thread::sleep_for(std::chrono::milliseconds(injected->delay_ms));
+    pid_t pid = -1;
+    if (injected && injected->what == faults::kind::fail)
+      errno = EAGAIN;
+    else
+      pid = ::fork();
     if (pid < 0)
       return fail(error_code::resource_exhausted,
                   fmt::format("cannot start {}: fork: {}", spec.name, std::strerror(errno)));

@@ -20,8 +20,12 @@ struct child_spec {
   std::vector<std::string> arguments; ///< behind argv[0]
   std::vector<std::pair<std::string, std::string>> environment; ///< added to ours
   std::vector<int> inherited_fds; ///< stay open in the child under the same numbers
-  std::string log_path;           ///< stdout and stderr are appended here; empty: inherited
+  std::string log_path; ///< stdout and stderr are appended here; empty, or it cannot be: inherited
 };
+
+/// What the kernel says of a thread: 'R' runs or waits for a processor, 'S' sleeps, 'D' waits in
+/// the kernel, 'T' is stopped; '?' if there is none.
+char task_state(pid_t process, pid_t thread);
 
 /// How a child ended.
 struct child_exit {

@@ -1,6 +1,10 @@
 #include "troupe/base/identity.hpp"
 
 #include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
 
 #include <unistd.h>
 
@@ -8,19 +12,27 @@ namespace troupe {
 
 namespace {
 
-std::string& name_storage() {
-  static std::string name = "troupe";
+const std::string& first_name() {
+  static const auto& name = *new std::string{"troupe"};
   return name;
 }
+
+std::atomic<const std::string*> current_name{nullptr};
 
 } // namespace
 
 void set_process_name(std::string name) {
-  name_storage() = std::move(name);
+  // Every name stays alive, since somebody may still be reading it; there are few.
+  static std::mutex mutex;
+  static auto& names = *new std::vector<std::unique_ptr<const std::string>>;
+  std::lock_guard lock(mutex);
+  names.push_back(std::make_unique<const std::string>(std::move(name)));
+  current_name.store(names.back().get(), std::memory_order_release);
 }
 
 const std::string& process_name() {
-  return name_storage();
+  const auto* name = current_name.load(std::memory_order_acquire);
+  return name != nullptr ? *name : first_name();
 }
 
 const std::string& host_name() {
@@ -31,6 +43,11 @@ const std::string& host_name() {
     return std::string{buffer.data()};
   }();
   return name;
+}
+
+std::uint64_t host_memory_bytes() {
+  return static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES))
+         * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
 } // namespace troupe

@@ -70,16 +70,28 @@ struct serving_settings {
   std::uint32_t max_queue = 1024;           ///< requests of a replica waiting for admission
   std::uint32_t max_context = 0;            ///< positions of one sequence; 0: what the model allows
   std::uint32_t request_timeout_s = 600;
-  std::uint32_t threads = 0; ///< compute threads a worker; 0: cores / workers
+  std::uint32_t retain_s = 300; ///< how long an answer can be fetched again
+  std::uint32_t threads = 0;    ///< compute threads a worker; 0: cores / workers
+};
+
+enum class protection : std::uint8_t {
+  full,
+  off, ///< for measuring its cost: no checksums, pulse, retention and token journal
 };
 
 struct recovery_settings {
   std::uint32_t heartbeat_ms = 100;
-  std::uint32_t hang_ms = 800;    ///< checked only: hung processes are not detected yet
+  std::uint32_t hang_ms = 800;    ///< a process without a beat, or work without progress, is dead
   std::uint32_t max_restarts = 5; ///< of one worker within `within_s`; one more escalates
   std::uint32_t within_s = 60;
-  std::uint32_t spares = 0;
-  std::uint32_t deadline_ms = 30000; ///< how long a micro-batch waits for a peer to come back
+  std::uint32_t spares = 0;          ///< devices that the plan leaves free
+  std::uint32_t standbys = 0;        ///< warm worker processes of each node
+  std::uint32_t node_grace_ms = 500; ///< a node whose connection broke may come back so long
+  std::uint32_t suspicion = 8;       ///< phi of the accrual detector above which silence is death
+  std::uint32_t resend_ms = 300;     ///< a micro-batch without an answer is sent again
+  std::uint32_t dispatch_timeout_ms = 40; ///< an expert call without an answer goes to a copy
+  std::uint32_t deadline_ms = 30000;      ///< how long a micro-batch waits for a peer to come back
+  protection level = protection::full;
 };
 
 struct network_settings {

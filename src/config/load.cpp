@@ -224,6 +224,7 @@ void read_serving(section from, serving_settings& serving) {
   from.read_number("max_queue", serving.max_queue, 1, million);
   const bool has_context = from.read_number("max_context", serving.max_context, 1, 100 * million);
   from.read_number("request_timeout_s", serving.request_timeout_s, 1, 7 * 24 * 3600);
+  from.read_number("retain_s", serving.retain_s, 0, 7 * 24 * 3600);
   from.read_number("threads", serving.threads, 0, 4096);
 
   // Defaults give way to what is written; only what is written can be wrong.
@@ -260,8 +261,15 @@ void read_recovery(section from, recovery_settings& recovery) {
   from.read_number("hang_ms", recovery.hang_ms, 1, hour_ms);
   from.read_number("max_restarts", recovery.max_restarts, 0, 1'000'000);
   from.read_number("within_s", recovery.within_s, 1, 7 * 24 * 3600);
-  if (from.read_number("spares", recovery.spares, 0, 64) && recovery.spares > 0)
-    from.refuse("spares", fmt::format("{} {}; write 0", recovery.spares, not_yet));
+  from.read_number("spares", recovery.spares, 0, 64);
+  from.read_number("standbys", recovery.standbys, 0, 64);
+  from.read_number("node_grace_ms", recovery.node_grace_ms, 0, hour_ms);
+  from.read_number("suspicion", recovery.suspicion, 1, 100);
+  from.read_number("resend_ms", recovery.resend_ms, 10, hour_ms);
+  from.read_number("dispatch_timeout_ms", recovery.dispatch_timeout_ms, 1, hour_ms);
+  constexpr std::array<std::pair<std::string_view, protection>, 2> levels = {
+    {{"full", protection::full}, {"off", protection::off}}};
+  from.read_choice<protection>("protection", recovery.level, levels);
   from.read_number("deadline_ms", recovery.deadline_ms, 1, hour_ms);
 
   // One late heartbeat must not look like a hang.

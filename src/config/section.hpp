@@ -53,6 +53,9 @@ public:
   /// Reports what is wrong with the value of `key`, at its position.
   void refuse(std::string_view key, std::string what);
 
+  /// The value as it was written, of any kind; null when absent.
+  const value* read_any(std::string_view key) { return take(key); }
+
   bool has(std::string_view key) const { return content_ && content_->find(key); }
 
   /// Reports keys that nobody asked for and keys that are there twice.

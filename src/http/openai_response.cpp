@@ -343,6 +343,13 @@ void response_builder::fail(const error& e, std::string& out) {
     out.append("data: ").append(error_response(e).body).append("\n\ndata: [DONE]\n\n");
 }
 
+void response_builder::write_so_far(std::string& out) {
+  for (std::size_t i = 0; i < state_->choices.size(); ++i)
+    if (!state_->choices[i].begun)
+      state_->begin(i);
+  state_->append_body(out);
+}
+
 bool response_builder::done() const {
   return state_->done();
 }

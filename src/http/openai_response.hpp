@@ -59,6 +59,10 @@ public:
   /// appends nothing: the caller sends error_response. Without effect once done.
   void fail(const error& e, std::string& out);
 
+  /// Of an answer that is not streamed: appends all of it as far as it has come; choices that go
+  /// on have null as their finish_reason. Call once at most, and no other member after it.
+  void write_so_far(std::string& out);
+
   bool done() const;
   /// True once `choice` needs no more events.
   bool ended(std::uint32_t choice) const;

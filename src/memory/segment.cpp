@@ -1,9 +1,12 @@
 #include "troupe/memory/segment.hpp"
 
+#include "troupe/base/fault_point.hpp"
+
 #include <cerrno>
 #include <cstring>
 #include <utility>
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -30,6 +33,11 @@ segment::~segment() {
 }
 
 expected<segment> segment::create(const std::string& name, std::size_t bytes) {
+  auto fault = faults::hit(faults::point::allocation);
+  if (fault && fault->what == faults::kind::fail)
+    return fail(
+      error_code::resource_exhausted,
+      fmt::format("cannot create {} bytes of shared memory for {}: a drill", bytes, name));
   unique_fd fd(::memfd_create(name.c_str(), MFD_CLOEXEC));
   if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0)
     return fail(error_code::resource_exhausted,
@@ -40,7 +48,11 @@ expected<segment> segment::create(const std::string& name, std::size_t bytes) {
 }
 
 expected<segment> segment::attach(int fd, std::size_t bytes) {
-  unique_fd owned(fd);
+  return map(unique_fd(fd), bytes);
+}
+
+expected<segment> segment::map(unique_fd owned, std::size_t bytes) {
+  int fd = owned.get();
   struct stat info {};
   if (::fstat(fd, &info) != 0)
     return fail(error_code::io_failed,
@@ -56,6 +68,28 @@ expected<segment> segment::attach(int fd, std::size_t bytes) {
       error_code::resource_exhausted,
       fmt::format("cannot map {} bytes of shared memory: {}", bytes, std::strerror(errno)));
   return segment(std::move(owned), bytes, static_cast<std::byte*>(data));
+}
+
+expected<segment> segment::attach_from(std::uint32_t pid, int fd, std::size_t bytes) {
+  auto path = fmt::format("/proc/{}/fd/{}", pid, fd);
+  auto refuse = [&](const std::string& why) {
+    return fail(error_code::io_failed,
+                fmt::format("the memory of process {} at {}: {}", pid, path, why),
+                "its owner must run, as the same user");
+  };
+  // Of anything else than memory, opening may have effects.
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0)
+    return refuse(std::strerror(errno));
+  if (!S_ISREG(info.st_mode))
+    return refuse("it is no memory");
+  unique_fd opened(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  if (!opened)
+    return refuse(std::strerror(errno));
+  auto attached = map(std::move(opened), bytes);
+  if (!attached)
+    return refuse(attached.error().cause);
+  return attached;
 }
 
 } // namespace troupe::memory

@@ -4,15 +4,16 @@
 #include "troupe/base/unique_fd.hpp"
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 
 namespace troupe::memory {
 
 /// Shared memory that outlives the process that computes with it: the node creates it and
-/// keeps the descriptor, a worker inherits the descriptor and maps it. It has no name in
-/// the file system, so that nothing is left behind however the processes end: the
-/// kernel frees it with its last descriptor and mapping.
+/// keeps the descriptor, a worker opens it through /proc (or inherits it) and maps it. It has no
+/// name in the file system, so that nothing is left behind however the processes end: the kernel
+/// frees it with its last descriptor and mapping.
 class segment {
 public:
   /// New memory, zeroed; pages are taken from the system when first written.
@@ -22,6 +23,10 @@ public:
   /// Maps an inherited descriptor and takes it over. Fails with io_failed when its size is not
   /// `bytes`.
   static expected<segment> attach(int fd, std::size_t bytes);
+
+  /// Maps descriptor `fd` of process `pid`, which the caller may trace or which belongs to the same
+  /// user. Fails with io_failed, naming both, when there is no such memory of `bytes`.
+  static expected<segment> attach_from(std::uint32_t pid, int fd, std::size_t bytes);
 
   segment(segment&& other) noexcept;
   segment& operator=(segment&& other) noexcept;
@@ -35,6 +40,7 @@ public:
 
 private:
   segment(unique_fd fd, std::size_t size, std::byte* data);
+  static expected<segment> map(unique_fd owned, std::size_t bytes);
 
   unique_fd fd_;
   std::size_t size_ = 0;

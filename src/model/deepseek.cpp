@@ -192,7 +192,7 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
     ops_.embed(*weights_.embedding, input.tokens, hidden);
   } else {
     ops_.copy_from_host(input.hidden, hidden);
-    if (!ops_.all_finite(hidden))
+    if (options_.checks_finite && !ops_.all_finite(hidden))
       return fail(error_code::internal,
                   fmt::format("hidden rows that came for layer {} hold values that are not finite",
                               options_.first_layer));
@@ -214,7 +214,9 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
       ops_.add(hidden, delta);
     }
   }
-  if (!ops_.all_finite(hidden))
+  if (input.spoil != nullptr) [[unlikely]]
+    (*input.spoil)(hidden);
+  if (options_.checks_finite && !ops_.all_finite(hidden))
     return fail(error_code::internal,
                 fmt::format("layers {} to {} computed values that are not finite",
                             options_.first_layer, options_.end_layer - 1),

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -24,6 +25,7 @@ struct stage_options {
   std::int32_t end_layer = 0;     ///< with the model's number of layers, the stage samples
   std::int32_t max_rows = 2048;   ///< rows of the largest micro-batch
   bool with_local_experts = true; ///< false: every forward pass is given an exchange
+  bool checks_finite = true;      ///< false, for measuring: values may be anything
 };
 
 /// A micro-batch as one stage sees it. Arrays live as long as the call and are left as they are.
@@ -32,6 +34,8 @@ struct stage_input {
   const void* hidden = nullptr; ///< other stages: dense host memory [rows, hidden], activation type
   kernels::batch_view batch;
   expert_exchange* experts = nullptr; ///< null: the stage's own
+  /// For drills: may change what was computed, before it is checked. Null: nothing does.
+  const std::function<void(const kernels::rows_view&)>* spoil = nullptr;
 };
 
 /// A run of layers of a DeepSeek-V3 model (DeepSeek-V3 technical report, arXiv 2412.19437,

@@ -47,6 +47,13 @@ std::vector<std::string> contradictions(const config::cluster_config& cluster,
 
   if (std::ranges::all_of(cluster.nodes, [](const auto& node) { return node.devices.empty(); }))
     refuse("nodes", "no node has a device; list at least one, such as devices: [cpu]");
+  std::size_t devices = 0;
+  for (const auto& node : cluster.nodes)
+    devices += node.devices.size();
+  if (devices > 0 && cluster.recovery.spares >= devices)
+    refuse("recovery.spares",
+           fmt::format("{} spare devices of {} leave none to run on; write at most {}",
+                       cluster.recovery.spares, devices, devices - 1));
   if (parallel.data == 0)
     refuse("parallel.data", "0 replicas serve nobody; write at least 1");
   if (parallel.pipeline == 0)
@@ -94,6 +101,23 @@ std::vector<std::uint32_t> cut_layers(const config::cluster_config& cluster,
   return partition(costs, cluster.parallel.pipeline, model.head_cost);
 }
 
+/// Takes devices off the end of the list, a node at a time in turn, so that the spares of several
+/// are not lost with one node.
+void leave_spares(std::vector<std::uint32_t>& num_devices, std::uint32_t spares) {
+  while (spares > 0) {
+    bool any = false;
+    for (auto node = num_devices.rbegin(); node != num_devices.rend() && spares > 0; ++node) {
+      if (*node == 0)
+        continue;
+      --*node;
+      --spares;
+      any = true;
+    }
+    if (!any)
+      return;
+  }
+}
+
 /// Hands the actors to the workers that `seats` puts them on.
 class assembly {
 public:
@@ -101,8 +125,7 @@ public:
     for (const config::node& node : cluster.nodes) {
       auto& workers = workers_.emplace_back();
       for (std::size_t i = 0; i < node.devices.size(); ++i)
-        workers.push_back(
-          {fmt::format("{}/worker-{}", node.name, i), node.name, node.devices[i].name(), {}});
+        workers.push_back({worker_name(node.name, i), node.name, node.devices[i].name(), {}});
     }
   }
 
@@ -193,6 +216,10 @@ void note_router(plan& made, const model_shape& model) {
 
 } // namespace
 
+std::string worker_name(const std::string& node, std::size_t device) {
+  return fmt::format("{}/worker-{}", node, device);
+}
+
 expected<plan> place(const config::cluster_config& cluster, const model_shape& model) {
   if (model.num_layers == 0 || model.num_layers > max_layers)
     return fail(error_code::invalid_model, fmt::format("the model has {} layers", model.num_layers),
@@ -213,6 +240,7 @@ expected<plan> place(const config::cluster_config& cluster, const model_shape& m
   std::vector<std::uint32_t> num_devices;
   for (const config::node& node : cluster.nodes)
     num_devices.push_back(static_cast<std::uint32_t>(node.devices.size()));
+  leave_spares(num_devices, cluster.recovery.spares);
   const seating seats = seat_actors(num_devices, made.num_replicas, made.num_stages,
                                     made.num_expert_groups, made.num_expert_copies);
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -47,6 +48,9 @@ struct plan {
 
   friend bool operator==(const plan&, const plan&) = default;
 };
+
+/// The name of the worker on a device: "node-0/worker-1".
+std::string worker_name(const std::string& node, std::size_t device);
 
 /// The plan as a tree for a terminal, ending with a newline.
 std::string describe(const plan& what);

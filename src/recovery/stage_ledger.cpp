@@ -8,7 +8,8 @@ void stage_ledger::raise_epoch(std::uint64_t epoch) {
   epoch_ = std::max(epoch_, epoch);
 }
 
-bool stage_ledger::run(std::uint64_t epoch, std::uint64_t step, std::uint64_t oldest_step) {
+bool stage_ledger::run(std::uint64_t epoch, std::uint64_t step, std::uint64_t oldest_step,
+                       std::uint32_t attempt) {
   if (epoch < epoch_)
     return false;
   epoch_ = epoch;
@@ -17,12 +18,14 @@ bool stage_ledger::run(std::uint64_t epoch, std::uint64_t step, std::uint64_t ol
     return false;
   entry& e = entries_[step];
   // A failure may have had its cause in what was just recovered: a new epoch tries again.
-  if (e.state == progress::failed && e.asked_epoch < epoch)
+  if (e.state == progress::failed && (e.asked_epoch < epoch || e.attempt < attempt)) {
     e.state = progress::waiting;
+    e.has_input = e.input_is_newer;
+  }
   e.asked_epoch = epoch;
-  // Asked again: the answer may have been lost with the connection that it was sent over.
-  if (is_last_)
-    e.sent_epoch = 0;
+  e.attempt = std::max(e.attempt, attempt);
+  // Asked again: what was sent may have been lost on its way.
+  e.sent_epoch = 0;
   return true;
 }
 
@@ -31,10 +34,11 @@ bool stage_ledger::input(std::uint64_t epoch, std::uint64_t step) {
     return false;
   epoch_ = epoch;
   entry& e = entries_[step];
-  if (e.has_input)
-    return false;
+  // The previous stage hears of a new attempt too and may be faster than the scheduler's word.
+  bool is_wanted = !e.has_input || (e.state == progress::failed && !e.input_is_newer);
+  e.input_is_newer = e.state == progress::failed;
   e.has_input = true;
-  return true;
+  return is_wanted;
 }
 
 void stage_ledger::computed(std::uint64_t step) {
@@ -45,8 +49,16 @@ void stage_ledger::computed(std::uint64_t step) {
 
 void stage_ledger::compute_failed(std::uint64_t step) {
   computing_ = false;
-  if (auto i = entries_.find(step); i != entries_.end())
+  if (auto i = entries_.find(step); i != entries_.end()) {
     i->second.state = progress::failed;
+    i->second.input_is_newer = false;
+    i->second.sent_epoch = 0;
+  }
+}
+
+std::uint32_t stage_ledger::attempt(std::uint64_t step) const {
+  auto i = entries_.find(step);
+  return i == entries_.end() ? 0 : i->second.attempt;
 }
 
 void stage_ledger::successor(std::uint64_t incarnation) {

@@ -18,9 +18,11 @@ namespace troupe::recovery {
 ///                 ├─> ready ──compute──> computing ──computed──> done ──pass_on / report──> ...
 ///     input ──────┘                          └──compute_failed──> failed ──report_failure──> ...
 ///
-/// Stage 0 needs no input. `pass_on` (all stages but the last) and `report` (the last) are due
-/// again whenever the epoch rises, the successor is replaced or the scheduler asks again, until
-/// the step is dropped.
+/// Stage 0 needs no input. `pass_on` (all stages but the last), `report` (the last) and
+/// `report_failure` are due again whenever the epoch rises, the successor is replaced or the
+/// scheduler asks again (what was sent may have been lost), until the step is dropped. Nothing is
+/// computed twice for that. A step that failed is computed again in a newer epoch or attempt, with
+/// its input asked for again, as that may be what was wrong.
 class stage_ledger {
 public:
   enum class kind {
@@ -41,12 +43,13 @@ public:
   /// Hears of an epoch. Older ones change nothing.
   void raise_epoch(std::uint64_t epoch);
 
-  /// The scheduler asks for a step (again). False: the message is of an older epoch, or the step is
-  /// complete.
-  bool run(std::uint64_t epoch, std::uint64_t step, std::uint64_t oldest_step);
+  /// The scheduler asks for a step (again). `attempt` counts up when it wants a failed step
+  /// computed once more. False: the message is of an older epoch, or the step is complete.
+  bool run(std::uint64_t epoch, std::uint64_t step, std::uint64_t oldest_step,
+           std::uint32_t attempt = 0);
 
   /// The previous stage's output for a step arrived. False: drop it (older epoch, complete or
-  /// already here).
+  /// already here and not found wanting).
   bool input(std::uint64_t epoch, std::uint64_t step);
 
   void computed(std::uint64_t step);
@@ -59,6 +62,9 @@ public:
   std::optional<action> next();
 
   std::uint64_t epoch() const { return epoch_; }
+
+  /// The newest attempt at a step that was asked for.
+  std::uint32_t attempt(std::uint64_t step) const;
   std::size_t size() const { return entries_.size(); }
 
 private:
@@ -66,7 +72,9 @@ private:
 
   struct entry {
     std::uint64_t asked_epoch = 0; ///< 0: not asked for yet
+    std::uint32_t attempt = 0;
     bool has_input = false;
+    bool input_is_newer = false; ///< than the failure of the step
     progress state = progress::waiting;
     std::uint64_t sent_epoch = 0;
     std::uint64_t sent_to = 0;

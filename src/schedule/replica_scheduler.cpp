@@ -288,7 +288,7 @@ expected<void> replica_scheduler::submit(request r) {
                             id, r.prompt.size(), needed - r.prompt.size(), st.max_length,
                             st.lim.max_context, st.lim.num_pages, st.lim.page_tokens),
                 "shorten the prompt");
-  if (st.waiting.size() >= st.lim.max_queued)
+  if (st.waiting.size() >= st.lim.max_queued && !r.resumed)
     return fail(error_code::overloaded,
                 fmt::format("request {}: {} requests wait already", id, st.waiting.size()),
                 "try again later");
@@ -297,7 +297,8 @@ expected<void> replica_scheduler::submit(request r) {
   auto& s = *owned;
   st.sequences.emplace(id, std::move(owned));
   st.waiting.push_back(&s);
-  if (s.only_scores() && s.num_scored == s.num_known())
+  const bool nothing_to_score = s.only_scores() && s.num_scored == s.num_known();
+  if (nothing_to_score || (!s.only_scores() && s.tokens.size() >= s.length_limit))
     st.end(s, finish_reason::length);
   return {};
 }
@@ -408,6 +409,8 @@ void replica_scheduler::expire(time_point now) {
 void replica_scheduler::forget_kv() {
   auto& st = *state_;
   st.forget_flights();
+  std::stable_sort(st.running.begin(), st.running.end(),
+                   [](const auto* a, const auto* b) { return a->num_known() < b->num_known(); });
   for (auto i = st.running.rbegin(); i != st.running.rend(); ++i) {
     auto& s = **i;
     st.pool.release(s.pages);

@@ -39,7 +39,8 @@ public:
   /// Queues a request. Refuses with overloaded when the queue is full, with
   /// invalid_request when the request can never fit (prompt, context, pages) or its id is in use.
   /// One that would outgrow the context or the pages ends with `length` there. With max_tokens 0
-  /// and nothing to score, its `length` event is there at once.
+  /// and nothing to score, or with max_tokens generated already, its `length` event is there at
+  /// once.
   expected<void> submit(request r);
 
   /// Ends a request. Its pages are free at once, or, while a micro-batch that writes to them is
@@ -63,9 +64,10 @@ public:
   /// Ends every request past its deadline with `failed`.
   void expire(time_point now);
 
-  /// The KV memory is gone: every running sequence goes back to the queue, in its order, and is
-  /// computed again from its token log, without events. Steps in flight are forgotten and their
-  /// results ignored if they come.
+  /// The KV memory is gone: every running sequence goes back to the head of the queue and is
+  /// computed again from its token log, without events. Those with the fewest positions to
+  /// compute go first, among equals in the order of their admission, so that most requests go on
+  /// soonest. Steps in flight are forgotten and their results ignored if they come.
   void forget_kv();
 
   /// Ends every request with `failed`: the replica is given up. Steps in flight are forgotten,

@@ -10,8 +10,11 @@ sequence::sequence(request&& r, std::uint32_t max_length) : what(std::move(r)) {
   num_prompt = static_cast<std::uint32_t>(tokens.size());
   // Not the sum of both: max_tokens may be the largest number there is.
   length_limit = num_prompt + std::min(what.max_tokens, max_length - num_prompt);
-  if (what.num_prompt_logprobs < 0)
+  // The prompt was scored before the first token was drawn.
+  if (what.num_prompt_logprobs < 0 || !what.generated.empty())
     num_scored = num_prompt - 1;
+  const auto generated = std::exchange(what.generated, {});
+  tokens.insert(tokens.end(), generated.begin(), generated.end());
 }
 
 finish_reason sequence::append(std::int32_t token) {

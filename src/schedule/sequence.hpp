@@ -24,11 +24,12 @@ enum class phase : std::uint8_t {
 
 /// A request while it is served: its token log and its block table. Owned by the scheduler.
 struct sequence {
-  /// Takes over `r`; its prompt becomes the head of the token log. `max_length` is the
-  /// number of tokens, prompt included, that the replica can hold of one sequence.
+  /// Takes over `r`; its prompt and what it has generated become the head of the token log.
+  /// `max_length` is the number of tokens, prompt included, that the replica can hold of one
+  /// sequence.
   sequence(request&& r, std::uint32_t max_length);
 
-  request what;                     ///< prompt moved away
+  request what;                     ///< prompt and generated moved away
   std::vector<std::int32_t> tokens; ///< the token log: prompt, then what was generated
   std::vector<std::int32_t> pages;  ///< block table: page i holds positions from i * page_tokens
   std::uint32_t num_prompt = 0;     ///< tokens of the prompt

@@ -27,6 +27,10 @@ struct sampling {
 struct request {
   request_id id = 0;
   std::vector<std::int32_t> prompt; ///< token ids, at least one
+  /// Of a request that goes on after its scheduler died: what was generated already. Computed
+  /// again without events; counts for max_tokens, min_tokens and token_index as if drawn here.
+  std::vector<std::int32_t> generated;
+  bool resumed = false; ///< accepted before: the bound of the queue does not apply
   sampling draw;
   std::uint32_t max_tokens = 16;           ///< 0: nothing is drawn, the prompt may be scored
   std::uint32_t min_tokens = 0;            ///< stop_tokens cannot be drawn before this many

@@ -67,6 +67,9 @@ ordered_json to_json(const proto::RecoveryRecord& r) {
           {"cause", r.cause()},
           {"epoch", r.epoch()},
           {"phase", phase_name(r.phase())},
+          {"detected_by", r.detected_by()},
+          {"detected_ns", r.detected_ns()},
+          {"restored_by", r.restored_by()},
           {"detect_ms", rounded(r.detect_ms())},
           {"fence_ms", rounded(r.fence_ms())},
           {"restore_ms", rounded(r.restore_ms())},
@@ -84,6 +87,7 @@ std::string_view state_name(proto::ProcessState state) {
   case proto::RUNNING: return "running";
   case proto::LOST: return "lost";
   case proto::FAILED: return "failed";
+  case proto::IDLE: return "spare";
   default: return "unknown";
   }
 }
@@ -104,15 +108,24 @@ std::string status_json(const proto::ClusterStatus& status, bool ready) {
                    {"host", node.host()},
                    {"state", node.state() == proto::RUNNING ? "up" : state_name(node.state())},
                    {"pid", node.pid()},
-                   {"workers", ordered_json::array()}};
+                   {"workers", ordered_json::array()},
+                   {"standbys", ordered_json::array()}};
     for (const auto& worker : status.view().workers())
       if (worker.plan().node() == node.name())
         n["workers"].push_back(to_json(worker));
+    for (const auto& standby : node.standbys())
+      n["standbys"].push_back(
+        {{"name", standby.name()},
+         {"pid", standby.pid()},
+         {"state", standby.state() == proto::RUNNING ? "ready" : "starting"}});
     result["nodes"].push_back(std::move(n));
   }
   result["recoveries"] = ordered_json::array();
   for (const auto& record : status.recoveries())
     result["recoveries"].push_back(to_json(record));
+  result["warnings"] = ordered_json::array();
+  for (const auto& warning : status.warnings())
+    result["warnings"].push_back(warning);
   if (status.error().code() != 0)
     result["error"] = to_json(status.error());
   return result.dump(-1, ' ', false, ordered_json::error_handler_t::replace);

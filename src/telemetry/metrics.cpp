@@ -65,6 +65,16 @@ struct metrics::state {
                                        .Help("HTTP requests being answered")
                                        .Register(registry)
                                        .Add({});
+  prometheus::Counter& journal_errors = BuildCounter()
+                                          .Name("troupe_journal_errors_total")
+                                          .Help("Writes of the request journal that failed")
+                                          .Register(registry)
+                                          .Add({});
+  prometheus::Counter& resumed_requests = BuildCounter()
+                                            .Name("troupe_resumed_requests_total")
+                                            .Help("HTTP requests taken up from an earlier frontend")
+                                            .Register(registry)
+                                            .Add({});
   prometheus::Gauge& resident = BuildGauge()
                                   .Name("troupe_frontend_resident_bytes")
                                   .Help("Resident memory of the frontend")
@@ -133,6 +143,14 @@ void metrics::set_epoch(std::uint64_t epoch) {
 
 void metrics::set_open_requests(std::uint64_t count) {
   state_->open_requests.Set(static_cast<double>(count));
+}
+
+void metrics::set_journal_errors(std::uint64_t count) {
+  state_->journal_errors.Increment(static_cast<double>(count) - state_->journal_errors.Value());
+}
+
+void metrics::count_resumed(std::uint64_t calls) {
+  state_->resumed_requests.Increment(static_cast<double>(calls));
 }
 
 std::string metrics::text() const {

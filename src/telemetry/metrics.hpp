@@ -38,6 +38,12 @@ public:
   void set_epoch(std::uint64_t epoch);
   void set_open_requests(std::uint64_t count);
 
+  /// Writes of the request journal that have failed, in all.
+  void set_journal_errors(std::uint64_t count);
+
+  /// Calls that were taken up from an earlier frontend.
+  void count_resumed(std::uint64_t calls);
+
   /// Prometheus' text format, version 0.0.4.
   std::string text() const;
 

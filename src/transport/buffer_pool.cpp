@@ -1,5 +1,7 @@
 #include "troupe/transport/buffer_pool.hpp"
 
+#include "troupe/base/fault_point.hpp"
+
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -149,7 +151,9 @@ expected<buffer> buffer_pool::take(std::size_t size) {
   buffer result;
   if (size == 0)
     return result;
-  if (size <= largest_block)
+  auto fault = faults::hit(faults::point::allocation);
+  bool fails = fault && fault->what == faults::kind::fail;
+  if (size <= largest_block && !fails)
     result.data_ = state_->take(size);
   if (result.data_ == nullptr)
     return fail(error_code::resource_exhausted,

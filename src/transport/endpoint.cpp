@@ -1,7 +1,9 @@
 #include "troupe/transport/endpoint.hpp"
 
+#include "troupe/base/fault_point.hpp"
 #include "troupe/transport/checksum.hpp"
 #include "troupe/transport/inbox.hpp"
+#include "troupe/transport/injected_sends.hpp"
 #include "troupe/transport/peer_table.hpp"
 #include "troupe/transport/ucx_worker.hpp"
 
@@ -32,8 +34,13 @@ constexpr std::chrono::microseconds max_spin{50};
 /// Events wake the thread; this only bounds the harm if one were ever missed.
 constexpr std::chrono::milliseconds longest_sleep{100};
 constexpr std::chrono::milliseconds sleep_for_hellos{10};
+constexpr std::chrono::milliseconds sleep_for_injected{1};
 /// After the drain of stop(): for the last bytes, and again for closed connections to report.
 constexpr std::chrono::milliseconds closing_time{200};
+
+struct identify_command {
+  proto::FrameHeader own;
+};
 
 struct connect_command {
   std::string peer;
@@ -55,7 +62,8 @@ struct local_command {
   completion done;
 };
 
-using command = std::variant<connect_command, disconnect_command, send_command, local_command>;
+using command =
+  std::variant<identify_command, connect_command, disconnect_command, send_command, local_command>;
 
 class descriptor {
 public:
@@ -101,6 +109,7 @@ public:
   ~engine() { stop(default_drain); }
 
   expected<void> start();
+  void identify(std::string name, std::uint64_t incarnation);
   void post(command next);
   void stop(std::chrono::milliseconds drain);
 
@@ -125,6 +134,7 @@ private:
     peer_table peers;
   };
 
+  proto::FrameHeader own_header() const;
   expected<std::unique_ptr<communication>> open();
   expected<void> watch(int fd);
   void run(std::promise<expected<void>> started);
@@ -133,9 +143,10 @@ private:
   bool step(communication& with);
   bool execute_commands(communication& with);
   void execute(communication& with, command& next);
+  void send_injected(communication& with);
   void sleep(communication& with);
 
-  const endpoint_options options_;
+  endpoint_options options_; ///< identify() fills in what was left open, nothing else changes
   const endpoint_callbacks callbacks_;
   descriptor poll_;
   descriptor wake_;
@@ -143,6 +154,7 @@ private:
   std::size_t max_header_ = 0;
   std::thread::id progress_thread_;
   std::vector<command> executing_;
+  injected_sends injected_; ///< used by the progress thread
 
   std::mutex mutex_;
   std::vector<command> commands_;                // guarded by mutex_
@@ -180,6 +192,19 @@ expected<void> endpoint::engine::start() {
   return result.get();
 }
 
+proto::FrameHeader endpoint::engine::own_header() const {
+  proto::FrameHeader result;
+  result.set_sender(options_.name);
+  result.set_sender_incarnation(options_.incarnation);
+  return result;
+}
+
+void endpoint::engine::identify(std::string name, std::uint64_t incarnation) {
+  options_.name = std::move(name);
+  options_.incarnation = incarnation;
+  post(identify_command{own_header()});
+}
+
 expected<std::unique_ptr<endpoint::engine::communication>> endpoint::engine::open() {
   auto worker = ucx_worker::open(options_.transports, options_.interface);
   if (!worker)
@@ -189,9 +214,7 @@ expected<std::unique_ptr<endpoint::engine::communication>> endpoint::engine::ope
   receiving.checksums = options_.checksums;
   receiving.on_frame = callbacks_.on_frame;
   receiving.on_dropped = callbacks_.on_dropped;
-  proto::FrameHeader own;
-  own.set_sender(options_.name);
-  own.set_sender_incarnation(options_.incarnation);
+  const auto own = own_header();
   auto result = std::make_unique<communication>(std::move(*worker), std::move(receiving), pool, own,
                                                 callbacks_.on_peer_lost);
   if (auto done = result->in.listen(result->worker.get()); !done)
@@ -267,6 +290,8 @@ bool endpoint::engine::shut_down(communication& with) {
   }
   execute_commands(with);
   work_until(deadline, [&] { return !with.peers.has_sends_in_flight(); });
+  injected_.release_due(clock::time_point::max());
+  send_injected(with);
   with.in.close();
   with.peers.flush_all();
   work_until(clock::now() + closing_time, [&] { return with.peers.all_flushed(); });
@@ -285,6 +310,10 @@ bool endpoint::engine::shut_down(communication& with) {
 /// True when something happened, so that more may be waiting.
 bool endpoint::engine::step(communication& with) {
   bool busy = execute_commands(with);
+  if (!injected_.is_idle()) [[unlikely]] {
+    injected_.release_due(clock::now());
+    send_injected(with);
+  }
   busy |= with.worker.progress();
   busy |= with.peers.settle();
   return busy;
@@ -306,7 +335,13 @@ void endpoint::engine::execute(communication& with, command& next) {
   if (auto* send = std::get_if<send_command>(&next)) {
     if (options_.tamper_header)
       options_.tamper_header(send->operation->header);
-    with.peers.send(std::move(send->operation));
+    auto fault = faults::hit(faults::point::frame_send, send->operation->to);
+    if (!fault && injected_.is_idle()) [[likely]] {
+      with.peers.send(std::move(send->operation));
+      return;
+    }
+    injected_.take(std::move(send->operation), fault, clock::now());
+    send_injected(with);
   } else if (auto* local = std::get_if<local_command>(&next)) {
     if (!local->outcome) {
       local->done(tl::unexpected(std::move(local->outcome).error()));
@@ -314,6 +349,8 @@ void endpoint::engine::execute(communication& with, command& next) {
     }
     with.in.deliver(std::move(*local->outcome));
     local->done({});
+  } else if (auto* identify = std::get_if<identify_command>(&next)) {
+    with.peers.identify(identify->own);
   } else if (auto* connect = std::get_if<connect_command>(&next)) {
     with.peers.connect(connect->peer, connect->incarnation, connect->address);
   } else if (auto* disconnect = std::get_if<disconnect_command>(&next)) {
@@ -321,12 +358,19 @@ void endpoint::engine::execute(communication& with, command& next) {
   }
 }
 
+void endpoint::engine::send_injected(communication& with) {
+  for (auto& each : std::exchange(injected_.ready(), {}))
+    with.peers.send(std::move(each));
+}
+
 /// Arming comes last: an event after it wakes the thread, one before it makes arming fail.
 void endpoint::engine::sleep(communication& with) {
   if (!with.worker.arm())
     return;
   epoll_event events[2];
-  const auto limit = with.peers.awaits_hellos() ? sleep_for_hellos : longest_sleep;
+  auto limit = with.peers.awaits_hellos() ? sleep_for_hellos : longest_sleep;
+  if (!injected_.is_idle()) [[unlikely]]
+    limit = std::min(limit, sleep_for_injected);
   ::epoll_wait(poll_.get(), events, 2, static_cast<int>(limit.count()));
   std::uint64_t count = 0;
   // Empty unless a command woke the thread, which is no error.
@@ -373,9 +417,9 @@ void endpoint::engine::stop(std::chrono::milliseconds drain) {
 
 expected<std::unique_ptr<endpoint>> endpoint::start(endpoint_options options,
                                                     endpoint_callbacks callbacks) {
-  if (options.name.empty() || !callbacks.on_frame || !callbacks.on_peer_lost)
+  if (!callbacks.on_frame || !callbacks.on_peer_lost)
     return fail(error_code::invalid_request,
-                "an endpoint needs a name and the callbacks on_frame and on_peer_lost");
+                "an endpoint needs the callbacks on_frame and on_peer_lost");
   if (!callbacks.on_dropped)
     callbacks.on_dropped = [](const proto::FrameHeader&, const error& why) {
       spdlog::warn("frame dropped: {}", why.text());
@@ -392,6 +436,10 @@ endpoint::~endpoint() = default;
 
 const std::string& endpoint::address() const {
   return engine_->address();
+}
+
+void endpoint::identify(std::string name, std::uint64_t incarnation) {
+  engine_->identify(std::move(name), incarnation);
 }
 
 void endpoint::connect(std::string peer, std::uint64_t incarnation, std::string address) {

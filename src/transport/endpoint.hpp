@@ -23,7 +23,7 @@ namespace troupe::transport {
 std::vector<std::pair<std::string, std::string>> required_environment();
 
 struct endpoint_options {
-  std::string name;              ///< this process, as its peers call it
+  std::string name; ///< this process, as its peers call it; empty: `identify` says it later
   std::uint64_t incarnation = 0; ///< higher for each process that bears the name
   std::string interface = "lo";  ///< network devices, as in UCX_NET_DEVICES; empty: all
   /// As in UCX_TLS. UCX's shared memory (posix, sysv) cannot report the death of
@@ -63,13 +63,18 @@ class endpoint {
 public:
   static constexpr std::chrono::milliseconds default_drain{500};
 
-  /// Fails with unavailable when UCX finds no such transport or interface.
+  /// Takes milliseconds to tens of them. Fails with unavailable when UCX finds no such transport or
+  /// interface.
   static expected<std::unique_ptr<endpoint>> start(endpoint_options options,
                                                    endpoint_callbacks callbacks);
 
   endpoint(const endpoint&) = delete;
   endpoint& operator=(const endpoint&) = delete;
   ~endpoint(); ///< stop(default_drain)
+
+  /// Says who this process is, where `options.name` was empty. Once, before the first connect() or
+  /// send(), and before any other thread uses the endpoint.
+  void identify(std::string name, std::uint64_t incarnation);
 
   /// How peers reach this endpoint: opaque bytes to be passed to their connect().
   const std::string& address() const;

@@ -1,5 +1,6 @@
 #include "troupe/transport/inbox.hpp"
 
+#include "troupe/base/fault_point.hpp"
 #include "troupe/transport/checksum.hpp"
 
 #include <cstring>
@@ -141,6 +142,8 @@ void inbox::hand_out_front(line& queue) {
 
 void inbox::hand_out(slot& finished) {
   auto& [header, payload] = finished.content;
+  if (faults::is_cut_off(header.sender()))
+    return;
   if (finished.progress == state::failed) {
     drop(header, error_code::peer_lost,
          fmt::format("a frame of '{}' broke off: {}", header.sender(),

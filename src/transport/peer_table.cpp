@@ -1,5 +1,7 @@
 #include "troupe/transport/peer_table.hpp"
 
+#include "troupe/base/fault_point.hpp"
+
 #include <algorithm>
 #include <chrono>
 #include <optional>
@@ -96,7 +98,7 @@ expected<void> peer_table::listen_for(unsigned message_id) {
   params.cb = [](void* self, const void* header, std::size_t length, void*, std::size_t,
                  const ucp_am_recv_param_t*) noexcept {
     proto::FrameHeader from;
-    if (from.ParseFromArray(header, static_cast<int>(length)))
+    if (from.ParseFromArray(header, static_cast<int>(length)) && !faults::is_cut_off(from.sender()))
       (static_cast<peer_table*>(self)->*Handler)(from);
     return UCS_OK;
   };

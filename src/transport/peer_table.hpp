@@ -44,6 +44,9 @@ public:
              lost_callback on_lost);
   ~peer_table();
 
+  /// Says once more who this process is. Before the first connect().
+  void identify(const proto::FrameHeader& own) { own_header_ = own.SerializeAsString(); }
+
   /// Registers for hellos and goodbyes.
   expected<void> listen();
 
@@ -93,7 +96,7 @@ private:
   ucx_worker& worker_;
   inbox& fences_;
   lost_callback on_lost_;
-  const std::string own_header_;
+  std::string own_header_;
   std::unordered_map<std::string, std::unique_ptr<peer>> connected_;
   std::unordered_map<std::string, std::uint64_t> hellos_; ///< incarnations heard
   std::size_t num_waiting_ = 0;

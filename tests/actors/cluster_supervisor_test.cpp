@@ -12,13 +12,24 @@ using namespace troupe::messages;
 
 namespace {
 
+proto::ActorPlan stage_0() {
+  proto::ActorPlan actor;
+  actor.set_id("replica-0/stage-0");
+  actor.set_kind(proto::STAGE);
+  return actor;
+}
+
 proto::ClusterPlan one_worker() {
   proto::ClusterPlan plan;
   plan.set_cluster("test");
   plan.set_num_replicas(1);
+  plan.set_heartbeat_ms(100);
+  plan.set_hang_ms(800);
+  plan.set_node_grace_ms(500);
   auto* w = plan.add_workers();
   w->set_name("node-0/worker-0");
   w->set_node("node-0");
+  *w->add_actors() = stage_0();
   return plan;
 }
 
@@ -26,25 +37,28 @@ proto::ClusterPlan one_worker() {
 struct heard {
   std::vector<proto::ClusterView> views;
   std::vector<proto::ClusterPlan> plans;
+  std::vector<proto::NodeHeartbeat> answers;
 };
 
 node_supervisor_actor::behavior_type fake_node(node_supervisor_actor::pointer,
                                                std::shared_ptr<heard> h) {
   return {[h](const node_assignment& a) { h->plans.push_back(a->plan()); },
-          [h](const cluster_view& v) { h->views.push_back(v.body); }, [](const worker_hello&) {},
-          [](const worker_report&) {}};
+          [h](const cluster_view& v) { h->views.push_back(v.body); },
+          [h](const node_heartbeat& a) { h->answers.push_back(a.body); },
+          [](const worker_hello&) {}, [](const worker_report&) {}};
 }
 
 frontend_actor::behavior_type fake_frontend(frontend_actor::pointer, std::shared_ptr<heard> h) {
   return {[h](const cluster_plan& p) { h->plans.push_back(p.body); },
-          [h](const cluster_view& v) { h->views.push_back(v.body); }};
+          [h](const cluster_view& v) { h->views.push_back(v.body); },
+          [](const frontend_heartbeat&) {}};
 }
 
 struct fixture : test::deterministic_system {
   std::shared_ptr<heard> at_node = std::make_shared<heard>();
   std::shared_ptr<heard> at_frontend = std::make_shared<heard>();
-  cluster_supervisor_actor supervisor =
-    system.spawn<actors::cluster_supervisor>(recovery::membership(one_worker(), 1, 7));
+  cluster_supervisor_actor supervisor = caf::actor_cast<cluster_supervisor_actor>(
+    system.spawn<actors::cluster_supervisor>(recovery::membership(one_worker(), 1, 7)));
   node_supervisor_actor node = system.spawn(fake_node, at_node);
   frontend_actor frontend = system.spawn(fake_frontend, at_frontend);
 
@@ -72,7 +86,10 @@ struct fixture : test::deterministic_system {
 
   void worker_is(proto::ProcessState state, std::uint64_t incarnation) {
     proto::WorkerChanged change;
-    change.mutable_worker()->mutable_plan()->set_name("node-0/worker-0");
+    auto* plan = change.mutable_worker()->mutable_plan();
+    plan->set_name("node-0/worker-0");
+    plan->set_node("node-0");
+    *plan->add_actors() = stage_0();
     change.mutable_worker()->set_incarnation(incarnation);
     change.mutable_worker()->set_state(state);
     change.set_cause("killed by signal 9");
@@ -137,4 +154,22 @@ TEST_CASE_METHOD(fixture, "a node that is cut off is shown as lost, and its work
   CHECK(now.view().nodes(0).state() == proto::LOST);
   CHECK(now.view().workers(0).state() == proto::RUNNING);
   CHECK(now.view().epoch() == 1);
+}
+
+TEST_CASE_METHOD(fixture,
+                 "a heartbeat is answered, and one of a node that was lost asks for a hello") {
+  node_says_hello();
+  proto::NodeHeartbeat beat;
+  beat.set_name("node-0");
+  beat.set_incarnation(1);
+  tell(node, node_heartbeat{beat});
+  REQUIRE(at_node->answers.size() == 1);
+  CHECK_FALSE(at_node->answers[0].say_hello());
+  for (int i = 0; i < 50; ++i) {
+    tell(frontend, frontend_heartbeat{});
+    advance(std::chrono::milliseconds(100)); // the node is silent; there is nowhere to move to
+  }
+  CHECK(status().view().nodes(0).state() == proto::LOST);
+  tell(node, node_heartbeat{beat});
+  CHECK(at_node->answers.back().say_hello());
 }

@@ -2,15 +2,20 @@
 
 #include "troupe/actors/scheduler.hpp"
 #include "troupe/actors/stage.hpp"
+#include "troupe/base/fault_point.hpp"
 
 #include <catch2/catch.hpp>
 
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
 #include <set>
 #include <vector>
+
+#include <unistd.h>
 
 using namespace troupe;
 using namespace troupe::messages;
@@ -49,6 +54,12 @@ std::vector<std::int32_t> expected_tokens(const std::vector<std::int32_t>& promp
 }
 
 constexpr std::uint32_t page_tokens = 4;
+constexpr std::uint32_t resend_ms = 300;
+
+actors::stage_result damaged(std::uint64_t step) {
+  return {step, nullptr, nullptr,
+          std::make_shared<error>(error{error_code::internal, "a damaged page", "", ""}), true};
+}
 
 /// Computes one stage's part. Only the last stage looks at KV and draws; the others hand the tokens
 /// on, so that a lost or mixed-up boundary shows as wrong tokens.
@@ -78,8 +89,13 @@ actors::stage_result compute(const actors::stage_work& work, bool is_first, bool
     };
     for (std::uint32_t i = 0; i < batch.row_counts(s); ++i, ++row) {
       auto position = batch.first_positions(s) + i;
-      std::uint64_t before =
-        position == 0 ? 0 : kv.state.at({page_of(position - 1), (position - 1) % page_tokens});
+      std::uint64_t before = 0;
+      if (position > 0) {
+        auto known = kv.state.find({page_of(position - 1), (position - 1) % page_tokens});
+        if (known == kv.state.end())
+          return damaged(batch.step());
+        before = known->second;
+      }
       auto h = mix(before, static_cast<std::uint64_t>(hidden[row]));
       kv.state[{page_of(position), position % page_tokens}] = h;
       hash_of_row[row] = h;
@@ -122,17 +138,64 @@ actors::scheduler_client::behavior_type client(actors::scheduler_client::pointer
           [log](const replay_report& report) { log->replays.push_back(report.body); }};
 }
 
+/// What computing threads are to fail with.
+struct failures {
+  int num_computations = 0;
+  int num_damaged_pages = 0; ///< of the last stage; found when they are read
+};
+
+/// What is lost between processes.
+struct losses {
+  std::mt19937_64 random;
+  double probability = 0; ///< of each message and frame
+  int num_left = 0;
+
+  bool strikes() {
+    if (num_left == 0 || std::uniform_real_distribution<double>()(random) >= probability)
+      return false;
+    --num_left;
+    return true;
+  }
+};
+
+using link_actor = stage_actor::extend_with<scheduler_actor>;
+
+/// The connection between a scheduler and a stage: hands on in order, or loses.
+link_actor::behavior_type connection(link_actor::pointer self, actors::stage_local stage,
+                                     std::shared_ptr<losses> lost) {
+  auto scheduler = std::make_shared<scheduler_actor>();
+  return {[=](const run_micro_batch& asked) {
+            *scheduler = caf::actor_cast<scheduler_actor>(self->current_sender());
+            if (!lost->strikes())
+              self->send(stage, asked);
+          },
+          [=](const micro_batch_done& done) {
+            if (!lost->strikes())
+              self->send(*scheduler, done);
+          },
+          [=](const micro_batch_failed& failed) {
+            if (!lost->strikes())
+              self->send(*scheduler, failed);
+          }};
+}
+
 actors::stage_compute_actor::behavior_type fake_compute(actors::stage_compute_actor::pointer self,
                                                         bool is_first, bool is_last,
                                                         std::shared_ptr<fake_kv> kv,
-                                                        std::shared_ptr<bool> fails,
+                                                        std::shared_ptr<failures> fails,
                                                         std::shared_ptr<bool> alive) {
   return {[=](const actors::stage_work& work) {
     if (!*alive)
       return; // the process is dead, its computing thread with it
     transport::buffer_pool buffers(1 << 20);
     auto asker = caf::actor_cast<actors::stage_local>(self->current_sender());
-    if (*fails)
+    if (fails->num_damaged_pages > 0 && is_last && work.batch->first_positions(0) > 0) {
+      --fails->num_damaged_pages;
+      auto last = work.batch->first_positions(0) - 1;
+      kv->state.erase(
+        {work.batch->pages(static_cast<int>(last / page_tokens)), last % page_tokens});
+    }
+    if (fails->num_computations > 0 && fails->num_computations-- > 0)
       self->send(asker, actors::stage_result{
                           work.batch->step(), nullptr, nullptr,
                           std::make_shared<error>(error{error_code::internal, "a NaN", "", ""})});
@@ -155,6 +218,7 @@ public:
     plan.set_max_queue(64);
     plan.set_max_context(64);
     plan.set_request_timeout_s(60);
+    plan.set_resend_ms(resend_ms);
     view_.set_version(1);
     view_.set_epoch(1);
     for (std::uint32_t i = 0; i < num_stages; ++i) {
@@ -162,10 +226,14 @@ public:
       w->mutable_plan()->set_name("worker-" + std::to_string(i));
       auto* a = w->mutable_plan()->add_actors();
       a->set_kind(proto::STAGE);
+      a->set_id("stage-" + std::to_string(i));
       a->set_index(i);
-      w->set_kv_generation(1);
+      auto* memory = w->add_kv();
+      memory->set_actor(a->id());
+      memory->set_generation(1);
       kv_.push_back(std::make_shared<fake_kv>());
       stages_.emplace_back();
+      links_.emplace_back();
       alive_.emplace_back();
       start_stage(i);
     }
@@ -179,6 +247,8 @@ public:
     for (auto& s : stages_)
       if (s)
         caf::anon_send_exit(s, caf::exit_reason::kill);
+    for (auto& l : links_)
+      caf::anon_send_exit(l, caf::exit_reason::kill);
     caf::anon_send_exit(scheduler_, caf::exit_reason::kill);
     caf::anon_send_exit(client_, caf::exit_reason::kill);
     run();
@@ -202,6 +272,7 @@ public:
   void kill(std::uint32_t i) {
     *alive_[i] = false;
     caf::anon_send_exit(stages_[i], caf::exit_reason::kill);
+    caf::anon_send_exit(links_[i], caf::exit_reason::kill);
     auto* w = view_.mutable_workers(static_cast<int>(i));
     w->set_state(proto::LOST);
     view_.set_epoch(view_.epoch() + 1);
@@ -212,8 +283,8 @@ public:
   void kill_with_memory(std::uint32_t i) {
     kill(i);
     kv_[i]->state.clear();
-    auto* w = view_.mutable_workers(static_cast<int>(i));
-    w->set_kv_generation(w->kv_generation() + 1);
+    auto* memory = view_.mutable_workers(static_cast<int>(i))->mutable_kv(0);
+    memory->set_generation(memory->generation() + 1);
   }
 
   /// Gives a worker up for good.
@@ -235,7 +306,10 @@ public:
   }
   const client_log& log() const { return *log_; }
   std::uint64_t epoch() const { return view_.epoch(); }
-  void fail_computations(bool on) { *fails_ = on; }
+  /// The next `count` computations fail.
+  void fail_computations(int count) { fails_->num_computations = count; }
+  void damage_page() { ++fails_->num_damaged_pages; }
+  losses& lost() { return *lost_; }
   const actors::scheduler_local& scheduler_handle() const { return scheduler_; }
 
 private:
@@ -248,7 +322,7 @@ private:
           || owner.view_.workers(static_cast<int>(index)).incarnation() != worker.incarnation())
         on_error(error{error_code::peer_lost, "gone", "", ""});
       else
-        on_connected(caf::actor_cast<stage_actor>(owner.stages_[index]));
+        on_connected(caf::actor_cast<stage_actor>(owner.links_[index]));
     }
     pipeline& owner;
   };
@@ -260,7 +334,8 @@ private:
               transport::payload_view payload) override {
       auto index = header.actor_index();
       if (owner.is_lost(index)
-          || owner.view_.workers(static_cast<int>(index)).incarnation() != to.incarnation)
+          || owner.view_.workers(static_cast<int>(index)).incarnation() != to.incarnation
+          || owner.lost_->strikes())
         return;
       auto frame = std::make_shared<transport::frame>();
       frame->header = std::move(header);
@@ -281,6 +356,7 @@ private:
       system.spawn(fake_compute, i == 0, i + 1 == num_stages_, kv_[i], fails_, alive_[i]);
     stages_[i] =
       system.spawn<actors::stage>(0U, i, num_stages_, 1U, std::make_shared<wire>(*this), compute);
+    links_[i] = system.spawn(connection, stages_[i], lost_);
   }
 
   void publish() {
@@ -295,9 +371,11 @@ private:
   proto::ClusterView view_;
   std::vector<std::shared_ptr<fake_kv>> kv_;
   std::vector<actors::stage_local> stages_;
+  std::vector<link_actor> links_;            ///< by stage, the scheduler's way to it
   std::vector<std::shared_ptr<bool>> alive_; ///< by stage, of its present incarnation
   std::shared_ptr<client_log> log_ = std::make_shared<client_log>();
-  std::shared_ptr<bool> fails_ = std::make_shared<bool>(false);
+  std::shared_ptr<failures> fails_ = std::make_shared<failures>();
+  std::shared_ptr<losses> lost_ = std::make_shared<losses>();
   actors::scheduler_client client_;
   actors::scheduler_local scheduler_;
 };
@@ -332,15 +410,129 @@ TEST_CASE("nothing is sent while a stage is missing, and everything goes on when
 TEST_CASE("a step that cannot be computed fails its requests with the reason and no others") {
   pipeline p(2, 64);
   p.run();
-  p.fail_computations(true);
+  p.fail_computations(2); // the first attempt and the one after it
   p.submit(1, {1, 2, 3}, 4);
   p.run();
-  p.fail_computations(false);
   p.submit(2, {4, 5}, 3);
   p.run();
   REQUIRE(p.log().errors.count(1) == 1);
   CHECK(p.log().errors.at(1).cause == "a NaN");
   CHECK(p.log().tokens.at(2) == expected_tokens({4, 5}, 3));
+}
+
+TEST_CASE("a computation that fails once is tried again and nobody notices") {
+  for (std::uint32_t num_stages : {1U, 2U, 3U}) {
+    CAPTURE(num_stages);
+    pipeline p(num_stages, 64);
+    p.run();
+    p.fail_computations(1);
+    p.submit(1, {1, 2, 3}, 4);
+    p.run();
+    p.advance(1s); // the input of a later stage is asked for once more, too
+    CHECK(p.log().errors.empty());
+    CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 4));
+  }
+}
+
+TEST_CASE("a damaged KV page costs a computation from the token logs and no request") {
+  for (std::uint32_t num_stages : {1U, 2U, 3U}) {
+    CAPTURE(num_stages);
+    pipeline p(num_stages, 64);
+    p.submit(1, {1, 2, 3, 4, 5, 6}, 20);
+    p.submit(2, {7, 8}, 20);
+    std::mt19937_64 random(1);
+    for (int i = 0; i < 60; ++i)
+      p.run_one(random);
+    p.damage_page();
+    p.run();
+    CHECK(p.log().errors.empty());
+    CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3, 4, 5, 6}, 20));
+    CHECK(p.log().tokens.at(2) == expected_tokens({7, 8}, 20));
+  }
+}
+
+TEST_CASE("whatever is lost on its way is sent again after resend_ms") {
+  for (std::uint64_t seed = 1; seed <= 40; ++seed) {
+    CAPTURE(seed);
+    pipeline p(3, 64);
+    p.run();
+    p.lost().random.seed(seed);
+    p.lost().probability = 0.2;
+    p.lost().num_left = 1;
+    p.submit(1, {1, 2, 3}, 4);
+    p.run();
+    bool was_lost = p.lost().num_left == 0;
+    CHECK(p.log().finished.empty() == was_lost);
+    p.advance(200ms);
+    CHECK(p.log().finished.empty() == was_lost); // not too early
+    p.advance(100ms);
+    p.advance(50ms);
+    CHECK(p.log().finished.size() == 1);
+    CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 4));
+  }
+}
+
+TEST_CASE("whatever a drill does to control messages, every token comes once") {
+  auto file =
+    std::filesystem::temp_directory_path() / ("troupe-board-" + std::to_string(::getpid()));
+  auto board = faults::board::create(file);
+  REQUIRE(board);
+  ::setenv(faults::board::variable, board->value().c_str(), 1);
+  REQUIRE(faults::arm());
+  using faults::kind;
+  for (auto what : {kind::drop, kind::delay, kind::duplicate, kind::reorder})
+    for (auto peer : {"frontend", "worker-*"}) {
+      CAPTURE(faults::to_string(what), peer);
+      faults::rule rule;
+      rule.process = "*";
+      rule.peer = peer;
+      rule.where = faults::point::message_receive;
+      rule.what = what;
+      rule.probability = 0.3;
+      rule.count = 12;
+      rule.delay_ms = 70;
+      auto number = board->add(rule);
+      REQUIRE(number);
+      pipeline p(2, 64);
+      for (schedule::request_id id = 1; id <= 6; ++id)
+        p.submit(id, {static_cast<std::int32_t>(id), 2, 3}, 10);
+      for (int i = 0; i < 600; ++i)
+        p.advance(50ms);
+      CHECK(board->num_hits(*number) > 2);
+      CHECK(p.log().errors.empty());
+      for (schedule::request_id id = 1; id <= 6; ++id)
+        CHECK(p.log().tokens.at(id) == expected_tokens({static_cast<std::int32_t>(id), 2, 3}, 10));
+      board->remove(*number);
+    }
+  // A cut is as if nothing came.
+  auto cut = board->cut("frontend", "*");
+  REQUIRE(cut);
+  pipeline p(2, 64);
+  p.submit(1, {1, 2, 3}, 4);
+  for (int i = 0; i < 20; ++i)
+    p.advance(50ms);
+  CHECK(p.log().tokens.empty());
+  board->remove(*cut);
+  for (int i = 0; i < 60; ++i)
+    p.advance(50ms);
+  CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 4));
+  ::unsetenv(faults::board::variable);
+  REQUIRE(faults::arm());
+  std::filesystem::remove(file);
+}
+
+TEST_CASE("KV memory is known by its actor, wherever that runs") {
+  pipeline p(2, 64);
+  p.submit(1, {1, 2, 3}, 40);
+  std::mt19937_64 random(1);
+  for (int i = 0; i < 60; ++i)
+    p.run_one(random);
+  p.kill_with_memory(1);
+  p.run();
+  p.restart(1);
+  p.run();
+  CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 40));
+  CHECK(p.log().errors.empty());
 }
 
 TEST_CASE("a request past its deadline ends with a typed error") {
@@ -386,7 +578,8 @@ TEST_CASE("a replica that is given up fails what it has and what comes, with the
   CHECK(p.log().errors.count(2) == 1);
 }
 
-TEST_CASE("any order of messages and deaths gives every token once and the right one", "[seeds]") {
+TEST_CASE("any order of messages, losses and deaths gives every token once and the right one",
+          "[seeds]") {
   for (std::uint64_t seed = 1; seed <= 1500; ++seed) {
     CAPTURE(seed);
     std::mt19937_64 random(seed);
@@ -400,6 +593,10 @@ TEST_CASE("any order of messages and deaths gives every token once and the right
     constexpr schedule::request_id num_requests = 8;
     schedule::request_id next = 1;
     int deaths = static_cast<int>(seed % 6);
+    p.lost().random.seed(seed);
+    p.lost().probability = 0.03;
+    p.lost().num_left = static_cast<int>(seed % 11);
+    int damages = static_cast<int>(seed % 3);
     auto all_ended = [&] { return p.log().finished.size() == num_requests; };
     int moves = 0;
     while (!all_ended()) {
@@ -415,6 +612,10 @@ TEST_CASE("any order of messages and deaths gives every token once and the right
         cancelled.insert(2);
         p.cancel(2);
       }
+      if (damages > 0 && pick(150) == 0) {
+        --damages;
+        p.damage_page();
+      }
       for (std::uint32_t i = 0; i < num_stages; ++i) {
         if (p.is_lost(i) && pick(30) == 0)
           p.restart(i);
@@ -427,7 +628,7 @@ TEST_CASE("any order of messages and deaths gives every token once and the right
         }
       }
       if (!p.run_one(random) && pick(4) == 0)
-        p.advance(50ms); // dials again, expires
+        p.advance(50ms); // dials again, expires, sends again
     }
     for (const auto& [id, prompt] : prompts) {
       auto right = expected_tokens(prompt, 12);

@@ -5,6 +5,7 @@
 
 #include <condition_variable>
 #include <csignal>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -177,4 +178,22 @@ TEST_CASE("a startup pipe carries the port, the error, or the silence of a child
   int held = ::dup(pipe->child_fd());
   CHECK(pipe->wait(20ms).error().code == error_code::deadline_exceeded);
   ::close(held);
+}
+
+TEST_CASE("a child is started though the directory of its log is gone, or cannot be") {
+  exits seen;
+  auto children = child_processes::start(seen.callback());
+  REQUIRE(children);
+  auto directory =
+    std::filesystem::temp_directory_path() / ("troupe-test-log-" + std::to_string(::getpid()));
+  auto spec = shell("tidied", "echo here");
+  spec.log_path = (directory / "deep" / "a.log").string();
+  REQUIRE((*children)->spawn(spec));
+  CHECK(seen.wait("tidied").text() == "exited with code 0");
+  CHECK(std::filesystem::file_size(spec.log_path) == 5);
+  std::filesystem::remove_all(directory);
+  spec = shell("impossible", "exit 0");
+  spec.log_path = "/proc/nowhere/a.log";
+  REQUIRE((*children)->spawn(spec));
+  CHECK(seen.wait("impossible").text() == "exited with code 0");
 }

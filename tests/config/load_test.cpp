@@ -169,7 +169,8 @@ TEST_CASE("every key arrives in its own field") {
 
 TEST_CASE("the shipped cluster files load") {
   const std::string folder = TROUPE_SOURCE_DIR "/configs/";
-  for (const std::string name : {"local", "single", "two-nodes"}) {
+  for (const std::string name : {"local", "single", "two-nodes", "standby", "replicas",
+                                 "spare-node", "one-pipeline-two-nodes", "experts-two-nodes"}) {
     const auto loaded = config::load(folder + name + ".yaml");
     REQUIRE(problems_of(loaded) == std::vector<std::string>{});
     CHECK(loaded->cluster == name);
@@ -196,7 +197,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 3) + (2 + 4) + (1 + 5) + (1 + 10) + (1 + 6) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 3) + (2 + 4) + (1 + 5) + (1 + 11) + (1 + 12) + (1 + 1));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
@@ -213,6 +214,14 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   CHECK(all->recovery.max_restarts == plain->recovery.max_restarts);
   CHECK(all->recovery.within_s == plain->recovery.within_s);
   CHECK(all->recovery.deadline_ms == plain->recovery.deadline_ms);
+  CHECK(all->recovery.spares == plain->recovery.spares);
+  CHECK(all->recovery.standbys == plain->recovery.standbys);
+  CHECK(all->recovery.node_grace_ms == plain->recovery.node_grace_ms);
+  CHECK(all->recovery.suspicion == plain->recovery.suspicion);
+  CHECK(all->recovery.resend_ms == plain->recovery.resend_ms);
+  CHECK(all->recovery.dispatch_timeout_ms == plain->recovery.dispatch_timeout_ms);
+  CHECK(all->recovery.level == plain->recovery.level);
+  CHECK(all->serving.retain_s == plain->serving.retain_s);
   CHECK(all->parallel.data == plain->parallel.data);
   CHECK(all->parallel.expert_replicas == plain->parallel.expert_replicas);
   CHECK(all->network.bind == plain->network.bind);
@@ -390,8 +399,6 @@ TEST_CASE("what cannot run yet is refused by name") {
   check_refusals({
     {"parallel: {tensor: 2}\n",
      "c.yaml:2:20: parallel.tensor: 2 is not supported yet in this build; write 1"},
-    {"recovery: {spares: 1}\n",
-     "c.yaml:2:20: recovery.spares: 1 is not supported yet in this build; write 0"},
     {"nodes: [{host: far, launch: ssh}]\n",
      "c.yaml:2:29: nodes[0].launch: ssh is not supported yet in this build; write local or join"},
     {"nodes: [{devices: ['cuda:1']}]\n",

@@ -36,3 +36,33 @@ TEST_CASE("memory of another size than expected is refused") {
   CHECK(wrong.error().cause.find("8192") != std::string::npos);
   CHECK_FALSE(segment::attach(-1, 4096));
 }
+
+TEST_CASE("memory is opened through the process that owns it, and told from anything else") {
+  auto owner = segment::create("troupe-test", 4096);
+  REQUIRE(owner);
+  auto self = static_cast<std::uint32_t>(::getpid());
+  auto mine = segment::attach_from(self, owner->fd(), 4096);
+  REQUIRE(mine);
+  mine->bytes()[7] = std::byte{7};
+  auto other = segment::attach_from(self, owner->fd(), 4096);
+  REQUIRE(other);
+  CHECK(other->bytes()[7] == std::byte{7});
+
+  auto wrong_size = segment::attach_from(self, owner->fd(), 8192);
+  REQUIRE_FALSE(wrong_size);
+  CHECK(wrong_size.error().cause.find("8192") != std::string::npos);
+  CHECK(wrong_size.error().cause.find(std::to_string(self)) != std::string::npos);
+  auto no_such_fd = segment::attach_from(self, 1000000, 4096);
+  REQUIRE_FALSE(no_such_fd);
+  CHECK(no_such_fd.error().cause.find("/fd/1000000") != std::string::npos);
+  int ends[2];
+  REQUIRE(::pipe(ends) == 0);
+  CHECK_FALSE(segment::attach_from(self, ends[0], 4096));
+  ::close(ends[0]);
+  ::close(ends[1]);
+  pid_t gone = ::fork();
+  if (gone == 0)
+    ::_exit(0);
+  ::waitpid(gone, nullptr, 0);
+  CHECK_FALSE(segment::attach_from(static_cast<std::uint32_t>(gone), owner->fd(), 4096));
+}

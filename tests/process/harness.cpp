@@ -247,7 +247,7 @@ bool cluster::settled(const json& status) const {
     if (node.at("state") != "up")
       return false;
     for (const auto& worker : node.at("workers"))
-      if (worker.at("state") != "running")
+      if (worker.at("state") != "running" && worker.at("state") != "spare")
         return false;
   }
   for (const auto& recovery : status.at("recoveries"))

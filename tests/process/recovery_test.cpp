@@ -80,6 +80,9 @@ void print_pauses(const std::string& of, const std::vector<double>& pauses) {
 
 const std::vector<std::string> many_restarts{"recovery.max_restarts=1000"};
 
+/// Nobody is taken for dead because it stalls.
+const std::vector<std::string> patient{"recovery.max_restarts=1000", "recovery.hang_ms=10000"};
+
 } // namespace
 
 TEST_CASE("each worker may be killed 20 times in a row, and no client sees more than a pause") {
@@ -197,7 +200,7 @@ TEST_CASE("a worker killed in one replica leaves the answers of both golden") {
 }
 
 TEST_CASE("a node process that stalls is heard again, and so are its workers") {
-  cluster c("local.yaml", many_restarts);
+  cluster c("local.yaml", patient);
   golden_load load(c.endpoint(), 4);
   std::this_thread::sleep_for(200ms);
   auto node = c.status().at("nodes").at(0).at("pid").get<pid_t>();
@@ -219,7 +222,7 @@ TEST_CASE("a node process that stalls is heard again, and so are its workers") {
 }
 
 TEST_CASE("a worker killed while the controller stalls is recovered when it is back") {
-  cluster c("local.yaml", many_restarts);
+  cluster c("local.yaml", patient);
   golden_load load(c.endpoint(), 4);
   std::this_thread::sleep_for(200ms);
   auto status = c.wait_settled();
@@ -244,7 +247,7 @@ TEST_CASE("a worker killed while the controller stalls is recovered when it is b
 }
 
 TEST_CASE("any process may stall for two seconds, and every stream goes on") {
-  cluster c("local.yaml", many_restarts);
+  cluster c("local.yaml", patient);
   golden_load load(c.endpoint(), 4);
   std::this_thread::sleep_for(200ms);
   auto status = c.wait_settled();
@@ -269,7 +272,7 @@ TEST_CASE("any process may stall for two seconds, and every stream goes on") {
 }
 
 TEST_CASE("several processes may stall at random moments") {
-  cluster c("local.yaml", many_restarts);
+  cluster c("local.yaml", patient);
   golden_load load(c.endpoint(), 4);
   std::mt19937 random(11);
   std::vector<pid_t> pids;

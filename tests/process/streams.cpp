@@ -38,6 +38,10 @@ std::string take_event(const std::string& data, stream_result& result, bool& don
     return "not JSON: " + data;
   if (chunk.contains("error"))
     return data;
+  if (auto id = chunk.value("id", ""); result.id.empty())
+    result.id = id;
+  else if (result.id != id)
+    return "a chunk of another answer: " + data;
   for (const auto& choice : chunk.value("choices", json::array())) {
     if (!result.finish.empty())
       return "a chunk after the last one: " + data;
@@ -86,7 +90,8 @@ std::string stream_result::difference(const conversation& c) const {
 }
 
 stream_result stream_completion(const std::string& endpoint, const json& request,
-                                const std::function<bool(const stream_result&)>& on_tokens) {
+                                const std::function<bool(const stream_result&)>& on_tokens,
+                                const std::string& key) {
   stream_result result;
   http::sse_parser parser;
   bool done = false;
@@ -105,9 +110,12 @@ stream_result stream_completion(const std::string& endpoint, const json& request
     left = !events->empty() && on_tokens && !on_tokens(result);
     return !left;
   };
-  auto answer = http::fetch_stream(
-    {"POST", endpoint + "/v1/completions", {{"Content-Type", "application/json"}}, request.dump()},
-    {5s, 60s}, on_piece);
+  http::header_list headers{{"Content-Type", "application/json"}};
+  if (!key.empty())
+    headers.push_back({"Idempotency-Key", key});
+  auto answer =
+    http::fetch_stream({"POST", endpoint + "/v1/completions", std::move(headers), request.dump()},
+                       {5s, 60s}, on_piece);
   if (!answer) {
     result.problem = answer.error().text();
     return result;

@@ -31,6 +31,7 @@ json golden_request(const conversation& c);
 /// What a client got from one stream.
 struct stream_result {
   int status = 0;
+  std::string id;                        ///< of the answer, if any of it came
   std::string problem;                   ///< empty if the stream was well formed to its end
   std::vector<std::int32_t> tokens;      ///< in the order of arrival
   std::vector<steady::time_point> times; ///< of each token
@@ -42,9 +43,10 @@ struct stream_result {
 };
 
 /// Streams one completion with return_token_ids to its end; `on_tokens` runs when one or more have
-/// come and may leave by returning false. Any thread.
+/// come and may leave by returning false. `key` goes as the Idempotency-Key. Any thread.
 stream_result stream_completion(const std::string& endpoint, const json& request,
-                                const std::function<bool(const stream_result&)>& on_tokens = {});
+                                const std::function<bool(const stream_result&)>& on_tokens = {},
+                                const std::string& key = {});
 
 /// Runs all golden conversations at the same time, once; returns what went wrong, a line each.
 /// A stream that stood still for seconds counts, though nothing was lost.

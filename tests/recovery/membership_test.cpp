@@ -11,14 +11,27 @@ namespace {
 
 const membership::time_point start = membership::time_point{} + 1h;
 
+proto::ActorPlan stage(std::uint32_t index) {
+  proto::ActorPlan actor;
+  actor.set_id("replica-0/stage-" + std::to_string(index));
+  actor.set_kind(proto::STAGE);
+  actor.set_index(index);
+  return actor;
+}
+
 proto::ClusterPlan two_workers() {
   proto::ClusterPlan plan;
   plan.set_cluster("test");
   plan.set_num_replicas(1);
-  for (int i = 0; i < 2; ++i) {
+  plan.set_heartbeat_ms(100);
+  plan.set_hang_ms(800);
+  plan.set_node_grace_ms(500);
+  plan.set_suspicion(8);
+  for (std::uint32_t i = 0; i < 2; ++i) {
     auto* w = plan.add_workers();
     w->set_name("node-0/worker-" + std::to_string(i));
     w->set_node("node-0");
+    *w->add_actors() = stage(i);
   }
   return plan;
 }
@@ -26,7 +39,10 @@ proto::ClusterPlan two_workers() {
 proto::WorkerChanged change(const std::string& name, std::uint64_t incarnation,
                             proto::ProcessState state, const std::string& cause = {}) {
   proto::WorkerChanged result;
-  result.mutable_worker()->mutable_plan()->set_name(name);
+  auto* plan = result.mutable_worker()->mutable_plan();
+  plan->set_name(name);
+  plan->set_node(name.substr(0, name.find('/')));
+  *plan->add_actors() = stage(name.back() - '0');
   result.mutable_worker()->set_incarnation(incarnation);
   result.mutable_worker()->set_state(state);
   result.mutable_worker()->set_port(1000);
@@ -35,9 +51,9 @@ proto::WorkerChanged change(const std::string& name, std::uint64_t incarnation,
   return result;
 }
 
-proto::NodeHello hello(std::uint64_t incarnation) {
+proto::NodeHello hello(std::uint64_t incarnation, const std::string& name = "node-0") {
   proto::NodeHello result;
-  result.set_name("node-0");
+  result.set_name(name);
   result.set_incarnation(incarnation);
   return result;
 }
@@ -52,6 +68,109 @@ proto::ReplayReport replay(std::uint64_t epoch, proto::RecoveryPhase phase,
   return result;
 }
 
+/// One copy each of the only expert group on two nodes.
+proto::ClusterPlan two_copies() {
+  auto plan = two_workers();
+  plan.clear_workers();
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    auto* w = plan.add_workers();
+    w->set_node("node-" + std::to_string(i));
+    w->set_name(w->node() + "/worker-0");
+    auto* a = w->add_actors();
+    a->set_id("expert-group-0/copy-" + std::to_string(i));
+    a->set_kind(proto::EXPERT_GROUP);
+    a->set_copy(i);
+  }
+  return plan;
+}
+
+proto::WorkerChanged copy_change(const std::string& name, std::uint64_t incarnation,
+                                 proto::ProcessState state) {
+  auto result = change(name, incarnation, state, "killed by signal 9");
+  auto* plan = result.mutable_worker()->mutable_plan();
+  plan->clear_actors();
+  plan->add_actors()->set_id("expert-group-0/copy-" + std::string(1, name[5]));
+  plan->mutable_actors(0)->set_kind(proto::EXPERT_GROUP);
+  return result;
+}
+
+/// A stage on each of two nodes; `spares` more devices on the first.
+proto::ClusterPlan two_nodes(std::uint32_t spares) {
+  auto plan = two_workers();
+  plan.clear_workers();
+  auto add = [&](const std::string& node, std::uint32_t device) {
+    auto* w = plan.add_workers();
+    w->set_node(node);
+    w->set_name(node + "/worker-" + std::to_string(device));
+    return w;
+  };
+  *add("node-0", 0)->add_actors() = stage(0);
+  for (std::uint32_t i = 0; i < spares; ++i)
+    add("node-0", i + 1);
+  *add("node-1", 0)->add_actors() = stage(1);
+  for (auto& w : *plan.mutable_workers())
+    for (auto& a : *w.mutable_actors())
+      a.set_weight_bytes(600);
+  return plan;
+}
+
+proto::WorkerChanged on_node_1(std::uint64_t incarnation, proto::ProcessState state) {
+  auto result = change("node-1/worker-0", incarnation, state);
+  *result.mutable_worker()->mutable_plan()->mutable_actors(0) = stage(1);
+  return result;
+}
+
+membership two_nodes_running(std::uint32_t spares) {
+  membership m(two_nodes(spares), 1, 42);
+  m.node_hello(hello(1), start);
+  m.node_hello(hello(1, "node-1"), start);
+  m.worker_changed(change("node-0/worker-0", 1, proto::RUNNING), start);
+  m.worker_changed(on_node_1(1, proto::RUNNING), start);
+  proto::FrontendHello frontend;
+  frontend.mutable_frontend()->set_endpoint("http://here");
+  m.frontend_hello(frontend, start);
+  return m;
+}
+
+/// Heartbeats of the named nodes every 100 ms, `count` times, and a tick after each.
+membership::effects beat_until(membership& m, const std::string& name, int count,
+                               membership::time_point from = start, const std::string& other = {}) {
+  membership::effects all;
+  for (int i = 1; i <= count; ++i) {
+    for (const auto& node : {name, other}) {
+      proto::NodeHeartbeat beat;
+      for (const auto& known : m.view().nodes())
+        if (known.name() == node)
+          beat.set_incarnation(known.incarnation());
+      beat.set_name(node);
+      beat.set_view_version(m.view().version());
+      proto::NodeHeartbeat answer;
+      if (!node.empty())
+        all |= m.node_heartbeat(beat, from + i * 100ms, answer);
+    }
+    all |= m.tick(from + i * 100ms);
+  }
+  return all;
+}
+
+const proto::WorkerView* holder_of(const membership& m, const std::string& actor) {
+  const proto::WorkerView* found = nullptr;
+  for (const auto& w : m.view().workers())
+    for (const auto& a : w.plan().actors())
+      if (a.id() == actor) {
+        CHECK(found == nullptr); // never two owners
+        found = &w;
+      }
+  return found;
+}
+
+proto::ProcessState node_state(const membership& m, const std::string& name) {
+  for (const auto& n : m.view().nodes())
+    if (n.name() == name)
+      return n.state();
+  return proto::PROCESS_STATE_UNKNOWN;
+}
+
 membership running_cluster() {
   membership m(two_workers(), 1, 42);
   m.node_hello(hello(1), start);
@@ -59,21 +178,22 @@ membership running_cluster() {
   m.worker_changed(change("node-0/worker-1", 1, proto::RUNNING), start);
   proto::FrontendHello frontend;
   frontend.mutable_frontend()->set_endpoint("http://here");
-  m.frontend_hello(frontend);
+  m.frontend_hello(frontend, start);
   return m;
 }
 
 } // namespace
 
-TEST_CASE("a node that says hello is given its assignment once") {
+TEST_CASE("a node that says hello is given its assignment, and what runs is taken as it is") {
   membership m(two_workers(), 1, 42);
   auto effects = m.node_hello(hello(1), start);
-  CHECK(effects.assign == std::vector<std::string>{"node-0"});
+  CHECK(effects.assign == std::set<std::string>{"node-0"});
   CHECK(effects.view_changed);
+  CHECK(m.assignment_for("node-0").known_size() == 2);
+  CHECK(m.assignment_for("node-0").known(1).plan().actors(0).id() == "replica-0/stage-1");
   auto again = hello(1);
   *again.add_workers() = change("node-0/worker-0", 1, proto::RUNNING).worker();
-  effects = m.node_hello(again, start);
-  CHECK(effects.assign.empty());
+  m.node_hello(again, start);
   CHECK(m.view().workers(0).state() == proto::RUNNING);
 }
 
@@ -157,7 +277,9 @@ TEST_CASE("a worker that is given up says why in the status") {
   auto failed = change("node-0/worker-0", 1, proto::FAILED);
   failed.mutable_worker()->mutable_error()->set_code(61);
   failed.mutable_worker()->mutable_error()->set_cause("the shard is truncated");
+  m.node_hello(hello(1), start);
   m.worker_changed(failed, start);
+  CHECK(m.view().workers(0).state() == proto::FAILED);
   CHECK(m.status().error().cause() == "the shard is truncated");
   CHECK_FALSE(m.status().ready());
 }
@@ -165,12 +287,11 @@ TEST_CASE("a worker that is given up says why in the status") {
 TEST_CASE("a controller that restarted takes epoch, version and workers from those who remember") {
   membership m(two_workers(), 2, 43);
   auto back = hello(1);
-  back.set_epoch(7);
-  back.set_view_version(20);
+  back.mutable_view()->set_epoch(7);
+  back.mutable_view()->set_version(20);
   *back.add_workers() = change("node-0/worker-0", 3, proto::RUNNING).worker();
   *back.add_workers() = change("node-0/worker-1", 1, proto::RUNNING).worker();
-  auto effects = m.node_hello(back, start);
-  CHECK(effects.assign.empty());
+  m.node_hello(back, start);
   CHECK(m.view().epoch() == 7);
   CHECK(m.view().version() > 20);
   CHECK(m.view().workers(0).incarnation() == 3);
@@ -192,24 +313,266 @@ TEST_CASE("a death that could not be told is found when the node says hello agai
   CHECK(status.ready());
 }
 
-TEST_CASE("a worker given up while nobody could be told is lost and named all the same") {
+TEST_CASE("a node process that died took its workers with it: one recovery for all of them") {
   auto m = running_cluster();
-  auto back = hello(1);
-  *back.add_workers() = change("node-0/worker-0", 1, proto::FAILED).worker();
-  back.mutable_workers(0)->mutable_error()->set_code(40);
-  back.mutable_workers(0)->mutable_error()->set_cause("it died too often");
-  m.node_hello(back, start);
+  m.node_disconnected("node-0", start);
+  m.node_hello(hello(2), start + 100ms);
   CHECK(m.view().epoch() == 2);
-  CHECK(m.view().workers(0).state() == proto::FAILED);
-  CHECK(m.status().error().cause() == "it died too often");
-}
-
-TEST_CASE("a node process that died took its workers with it") {
-  auto m = running_cluster();
-  m.node_hello(hello(2), start);
-  CHECK(m.view().epoch() == 3);
   CHECK(m.view().workers(0).state() == proto::LOST);
   CHECK(m.view().workers(1).state() == proto::LOST);
+  m.worker_changed(change("node-0/worker-0", 2, proto::RUNNING), start + 200ms);
+  CHECK(m.status().recoveries(0).phase() == proto::RESTORING);
+  m.worker_changed(change("node-0/worker-1", 2, proto::RUNNING), start + 250ms);
+  m.replay(replay(2, proto::SERVING), start + 300ms);
+  const auto record = m.status().recoveries(0);
+  CHECK(record.level() == "node");
+  CHECK(record.cause() == "node-0: its process died");
+  CHECK(record.phase() == proto::SERVING);
+  CHECK(record.restore_ms() == Approx(250)); // from the broken connection on
+}
+
+TEST_CASE("a covered loss is served before what was lost is back") {
+  membership m(two_copies(), 1, 42);
+  m.node_hello(hello(1), start);
+  m.node_hello(hello(1, "node-1"), start);
+  for (const char* name : {"node-0/worker-0", "node-1/worker-0"})
+    m.worker_changed(copy_change(name, 1, proto::RUNNING), start);
+  m.worker_changed(copy_change("node-0/worker-0", 1, proto::LOST), start + 10ms);
+  m.replay(replay(2, proto::SERVING), start + 20ms);
+  CHECK(m.status().recoveries(0).phase() == proto::RESTORING);
+  m.worker_changed(copy_change("node-0/worker-0", 2, proto::RUNNING), start + 500ms);
+  const auto record = m.status().recoveries(0);
+  CHECK(record.phase() == proto::SERVING);
+  CHECK(record.restored_by() == "replica");
+  CHECK(record.first_token_ms() < 100);
+  CHECK(record.restore_ms() > 400);
+  CHECK(m.view().epoch() == 2); // coming back raised none
+}
+
+TEST_CASE("the actors of a silent node move to a spare device") {
+  auto m = two_nodes_running(1);
+  auto epoch = m.view().epoch();
+  auto effects = beat_until(m, "node-0", 60); // node-1 is silent
+  CHECK(m.view().epoch() == epoch + 1);
+  CHECK(effects.assign.count("node-0") == 1);
+  const auto* holder = holder_of(m, "replica-0/stage-1");
+  REQUIRE(holder != nullptr);
+  CHECK(holder->plan().name() == "node-0/worker-1");
+  CHECK(holder->state() == proto::STARTING);
+  CHECK(node_state(m, "node-1") == proto::FAILED);
+  CHECK(m.assignment_for("node-1").known(0).plan().actors_size() == 0);
+  const auto record = m.status().recoveries(0);
+  CHECK(record.detected_by() == "heartbeat");
+  CHECK(record.cause().find("node-1: no heartbeat for ") == 0);
+  CHECK(record.restored_by() == "move");
+}
+
+TEST_CASE("without a spare they are packed, and go home when the node is back to stay") {
+  auto m = two_nodes_running(0);
+  m.node_disconnected("node-1", start);
+  beat_until(m, "node-0", 10);
+  const auto* holder = holder_of(m, "replica-0/stage-1");
+  REQUIRE(holder->plan().name() == "node-0/worker-0");
+  REQUIRE(holder->plan().actors_size() == 2);
+  CHECK(holder->port() == 0); // its process is replaced
+  auto both = change("node-0/worker-0", 2, proto::RUNNING);
+  *both.mutable_worker()->mutable_plan()->add_actors() = stage(1);
+  m.worker_changed(both, start + 2s);
+  m.replay(replay(m.view().epoch(), proto::SERVING), start + 2s);
+  CHECK(m.status().recoveries(0).phase() == proto::SERVING);
+  CHECK(m.status().ready());
+
+  auto back = hello(2, "node-1");
+  m.node_hello(back, start + 3s);
+  CHECK(node_state(m, "node-1") == proto::RUNNING);
+  CHECK(holder_of(m, "replica-0/stage-1")->plan().name() == "node-0/worker-0");
+  auto epoch = m.view().epoch();
+  CHECK(beat_until(m, "node-0", 15, start + 3s, "node-1").assign.empty());
+  CHECK(m.view().epoch() == epoch);
+  auto effects = beat_until(m, "node-0", 10, start + 4500ms, "node-1");
+  CHECK(effects.assign == std::set<std::string>{"node-0", "node-1"});
+  CHECK(holder_of(m, "replica-0/stage-1")->plan().name() == "node-1/worker-0");
+  CHECK(m.view().epoch() == epoch + 1);
+}
+
+TEST_CASE("a node whose actors fit nowhere else is waited for") {
+  membership m(two_nodes(0), 1, 42);
+  auto small = hello(1);
+  small.set_memory_bytes(1000);
+  m.node_hello(small, start);
+  m.node_hello(hello(1, "node-1"), start);
+  m.worker_changed(change("node-0/worker-0", 1, proto::RUNNING), start);
+  m.worker_changed(on_node_1(1, proto::RUNNING), start);
+  m.node_disconnected("node-1", start);
+  beat_until(m, "node-0", 30);
+  CHECK(m.view().epoch() == 1);
+  CHECK(node_state(m, "node-1") == proto::LOST);
+  CHECK(holder_of(m, "replica-0/stage-1")->plan().name() == "node-1/worker-0");
+  // Its workers never stopped.
+  CHECK(holder_of(m, "replica-0/stage-1")->state() == proto::RUNNING);
+}
+
+TEST_CASE(
+  "a node that was taken for dead is told what it is to run now, and its reports count no more") {
+  auto m = two_nodes_running(1);
+  beat_until(m, "node-0", 60);
+  auto version = m.view().version();
+  m.worker_changed(on_node_1(1, proto::RUNNING), start + 7s);
+  CHECK(m.view().version() == version);
+  proto::NodeHeartbeat beat;
+  beat.set_name("node-1");
+  beat.set_incarnation(1);
+  proto::NodeHeartbeat answer;
+  m.node_heartbeat(beat, start + 7s, answer);
+  CHECK(answer.say_hello());
+  auto back = hello(1, "node-1");
+  *back.add_workers() = on_node_1(1, proto::RUNNING).worker();
+  auto effects = m.node_hello(back, start + 7s);
+  CHECK(effects.assign.count("node-1") == 1);
+  CHECK(holder_of(m, "replica-0/stage-1")->plan().name() == "node-0/worker-1");
+  CHECK(m.assignment_for("node-1").known(0).plan().actors_size() == 0);
+}
+
+TEST_CASE("a controller that was away gives up a node that does not come back") {
+  auto m = two_nodes_running(1);
+  membership next(two_nodes(1), 2, 43);
+  next.restore(m.state(), start + 1s);
+  CHECK(next.view().epoch() == 1);
+  auto back = hello(1);
+  *back.mutable_view() = m.view();
+  *back.add_workers() = change("node-0/worker-0", 1, proto::RUNNING).worker();
+  next.node_hello(back, start + 1200ms);
+  beat_until(next, "node-0", 40, start + 1200ms);
+  CHECK(next.view().epoch() == 2);
+  CHECK(holder_of(next, "replica-0/stage-1")->plan().name() == "node-0/worker-1");
+}
+
+TEST_CASE("a controller with an old journal learns of moves from those who saw them") {
+  auto m = two_nodes_running(1);
+  auto old = m.state();
+  beat_until(m, "node-0", 60);
+  membership next(two_nodes(1), 2, 43);
+  next.restore(old, start + 10s);
+  CHECK(holder_of(next, "replica-0/stage-1")->plan().name() == "node-1/worker-0");
+  auto back = hello(1);
+  *back.mutable_view() = m.view();
+  next.node_hello(back, start + 10s);
+  CHECK(next.view().epoch() == m.view().epoch());
+  CHECK(holder_of(next, "replica-0/stage-1")->plan().name() == "node-0/worker-1");
+}
+
+TEST_CASE("how a worker is says its node, not what others remember of it") {
+  auto old = two_nodes_running(0);
+  membership m(two_nodes(0), 2, 43); // without a journal
+  m.node_hello(hello(2, "node-1"), start);
+  m.worker_changed(on_node_1(1, proto::RUNNING), start);
+  auto late = hello(1, "node-0");
+  *late.mutable_view() = old.view();
+  for (auto& w : *late.mutable_view()->mutable_workers())
+    w.set_state(proto::LOADING);
+  m.node_hello(late, start + 1s);
+  CHECK(holder_of(m, "replica-0/stage-1")->state() == proto::RUNNING);
+  CHECK(m.view().version() > old.view().version());
+}
+
+TEST_CASE("what a worker is to run says the newest view, also when it was told otherwise") {
+  auto old = two_nodes_running(1);
+  old.node_disconnected("node-1", start);
+  beat_until(old, "node-0", 10);
+  REQUIRE(holder_of(old, "replica-0/stage-1")->plan().name() == "node-0/worker-1");
+  membership m(two_nodes(1), 2, 43);
+  m.node_hello(hello(2, "node-1"), start + 2s); // is told to run its stage again
+  m.worker_changed(on_node_1(9, proto::RUNNING), start + 2s);
+  auto before = m.view().epoch();
+  auto late = hello(1, "node-0");
+  *late.mutable_view() = old.view();
+  auto effects = m.node_hello(late, start + 3s);
+  CHECK(effects.assign.count("node-1") == 1);
+  CHECK(m.view().epoch() > std::max(before, old.view().epoch()));
+  int num_owners = 0;
+  for (const auto& w : m.view().workers())
+    for (const auto& a : w.plan().actors())
+      num_owners += a.id() == "replica-0/stage-1" ? 1 : 0;
+  CHECK(num_owners == 1);
+  CHECK(holder_of(m, "replica-0/stage-1")->plan().name() == "node-0/worker-1");
+}
+
+TEST_CASE("an epoch never falls, whoever remembers it") {
+  auto m = two_nodes_running(0);
+  proto::FrontendHello frontend;
+  frontend.mutable_view()->set_epoch(m.view().epoch() + 7); // an older version of it, though
+  auto effects = m.frontend_hello(frontend, start);
+  CHECK(effects.view_changed);
+  CHECK(m.view().epoch() == frontend.view().epoch());
+}
+
+TEST_CASE("the assignments of a later controller count more than those of the one before") {
+  auto m = two_nodes_running(1);
+  beat_until(m, "node-0", 60);
+  auto before = m.assignment_for("node-0").version();
+  CHECK(before > 0);
+  membership next(two_nodes(1), 2, 43);
+  auto back = hello(1);
+  *back.mutable_view() = m.view();
+  next.node_hello(back, start + 10s);
+  CHECK(next.assignment_for("node-0").version() > before);
+}
+
+TEST_CASE("a controller that hears nobody is itself cut off, and gives up nobody") {
+  auto m = two_nodes_running(1);
+  beat_until(m, "node-0", 5, start, "node-1");
+  for (int i = 6; i < 100; ++i)
+    CHECK_FALSE(m.tick(start + i * 100ms).view_changed);
+  m.frontend_heartbeat(start + 10s); // the way is free again, and the nodes are still silent
+  m.tick(start + 10s);
+  CHECK(m.view().epoch() == 2);
+}
+
+TEST_CASE("time in which the controller did not run makes nobody suspicious") {
+  auto m = two_nodes_running(1);
+  beat_until(m, "node-0", 5, start, "node-1");
+  auto effects = m.tick(start + 20s, 19s);
+  CHECK_FALSE(effects.view_changed);
+  CHECK(m.view().epoch() == 1);
+}
+
+TEST_CASE("what a heartbeat shows to be missed is asked for, but not at the first sight of it") {
+  auto m = running_cluster();
+  proto::NodeHeartbeat beat;
+  beat.set_name("node-0");
+  beat.set_incarnation(1);
+  beat.set_view_version(m.view().version());
+  beat.set_assignment_version(m.assignment_for("node-0").version());
+  beat.set_num_changes(2); // as many as were heard
+  proto::NodeHeartbeat answer;
+  for (int i = 0; i < 5; ++i)
+    m.node_heartbeat(beat, start, answer);
+  CHECK_FALSE(answer.say_hello());
+  beat.set_num_changes(3);
+  m.node_heartbeat(beat, start, answer);
+  CHECK_FALSE(answer.say_hello());
+  m.node_heartbeat(beat, start, answer);
+  m.node_heartbeat(beat, start, answer);
+  CHECK(answer.say_hello());
+}
+
+TEST_CASE("the actors of a worker that died too often move, as far as there is room") {
+  auto m = two_nodes_running(1);
+  auto failed = change("node-0/worker-0", 6, proto::FAILED);
+  failed.mutable_worker()->mutable_error()->set_code(40);
+  failed.mutable_worker()->mutable_error()->set_cause("it died too often");
+  auto effects = m.worker_changed(failed, start);
+  CHECK(effects.assign.count("node-0") == 1);
+  CHECK(holder_of(m, "replica-0/stage-0")->plan().name() == "node-0/worker-1");
+  CHECK(m.status().error().code() == 0);
+  CHECK(m.status().warnings(0) == "it died too often");
+}
+
+TEST_CASE("a state made for another plan is not taken over") {
+  auto m = two_nodes_running(1);
+  membership other(two_nodes(0), 2, 43);
+  other.restore(m.state(), start);
+  CHECK(other.view().version() == 1);
 }
 
 TEST_CASE("restarts are bounded within their period") {

@@ -112,6 +112,67 @@ TEST_CASE("a failure is reported once an epoch and tried again in the next") {
   CHECK(drain(ledger) == actions{{kind::compute, 1}});
 }
 
+TEST_CASE("what was sent is sent again when the scheduler asks again, and not computed again") {
+  stage_ledger first(true, false);
+  first.successor(1);
+  REQUIRE(first.run(1, 1, 1));
+  drain(first);
+  first.computed(1);
+  CHECK(drain(first) == actions{{kind::pass_on, 1}});
+  REQUIRE(first.run(1, 2, 1));
+  CHECK(drain(first) == actions{{kind::compute, 2}}); // only what is asked for again
+  REQUIRE(first.run(1, 1, 1));
+  CHECK(drain(first) == actions{{kind::pass_on, 1}});
+  REQUIRE(first.run(1, 2, 1)); // under way
+  CHECK(drain(first).empty());
+  first.computed(2);
+  CHECK(drain(first) == actions{{kind::pass_on, 2}});
+}
+
+TEST_CASE("a failure is reported again when asked again, and computed again in another attempt") {
+  stage_ledger ledger(true, true);
+  REQUIRE(ledger.run(1, 1, 1, 0));
+  drain(ledger);
+  ledger.compute_failed(1);
+  CHECK(drain(ledger) == actions{{kind::report_failure, 1}});
+  REQUIRE(ledger.run(1, 1, 1, 0)); // the report was lost
+  CHECK(drain(ledger) == actions{{kind::report_failure, 1}});
+  REQUIRE(ledger.run(1, 1, 1, 1));
+  CHECK(ledger.attempt(1) == 1);
+  CHECK(drain(ledger) == actions{{kind::compute, 1}});
+  REQUIRE(ledger.run(1, 1, 1, 0)); // a late duplicate
+  CHECK(ledger.attempt(1) == 1);
+  ledger.computed(1);
+  CHECK(drain(ledger) == actions{{kind::report, 1}});
+  REQUIRE(ledger.run(1, 1, 1, 2)); // another stage failed
+  CHECK(drain(ledger) == actions{{kind::report, 1}});
+}
+
+TEST_CASE("another attempt waits for its input to come again, in whichever order both come") {
+  stage_ledger ledger(false, true);
+  REQUIRE(ledger.run(1, 1, 1));
+  REQUIRE(ledger.input(1, 1));
+  drain(ledger);
+  CHECK_FALSE(ledger.input(1, 1));
+  ledger.compute_failed(1);
+  CHECK(drain(ledger) == actions{{kind::report_failure, 1}});
+  SECTION("asked first") {
+    REQUIRE(ledger.run(1, 1, 1, 1));
+    CHECK(drain(ledger).empty());
+    CHECK(ledger.input(1, 1));
+  }
+  SECTION("input first") {
+    CHECK(ledger.input(1, 1));
+    CHECK_FALSE(ledger.input(1, 1));
+    CHECK(drain(ledger).empty());
+    REQUIRE(ledger.run(1, 1, 1, 1));
+  }
+  CHECK(drain(ledger) == actions{{kind::compute, 1}});
+  ledger.compute_failed(1);
+  CHECK(drain(ledger) == actions{{kind::report_failure, 1}});
+  CHECK(ledger.input(1, 1)); // each failure asks for it anew
+}
+
 TEST_CASE("a step whose input never comes does not hold up the others") {
   stage_ledger ledger(false, true);
   REQUIRE(ledger.run(1, 1, 1));
@@ -146,10 +207,15 @@ public:
   }
 
   /// Runs until `steps` steps are complete; returns how often each was reported and accepted.
-  std::map<std::uint64_t, int> run(std::uint64_t steps, int deaths) {
+  std::map<std::uint64_t, int> run(std::uint64_t steps, int deaths, int losses, int failures) {
+    losses_ = losses;
+    failures_ = failures;
     std::map<std::uint64_t, int> accepted;
     while (oldest_ <= steps) {
       REQUIRE(++moves_ < 200000);
+      if (losses + failures > 0 && pick(200) == 0)
+        for (auto step : in_flight_)
+          broadcast(step); // no answer for long
       while (next_ <= steps && in_flight_.size() < stages_.size() + 1) {
         in_flight_.insert(next_);
         broadcast(next_++);
@@ -182,6 +248,7 @@ private:
   struct message {
     bool is_input;
     std::uint64_t epoch, step, oldest, incarnation;
+    std::uint32_t attempt;
   };
 
   std::size_t pick(std::size_t n) {
@@ -190,7 +257,15 @@ private:
 
   void broadcast(std::uint64_t step) {
     for (std::size_t i = 0; i < stages_.size(); ++i)
-      inboxes_[i].push_back({false, epoch_, step, oldest_, stages_[i].incarnation});
+      inboxes_[i].push_back(
+        {false, epoch_, step, oldest_, stages_[i].incarnation, attempts_[step]});
+  }
+
+  bool is_lost() {
+    if (losses_ == 0 || pick(20) != 0)
+      return false;
+    --losses_;
+    return true;
   }
 
   void kill(std::size_t i) {
@@ -225,18 +300,23 @@ private:
         }
     auto m = *chosen;
     inbox.erase(chosen);
-    if (m.incarnation != stages_[i].incarnation)
+    if (m.incarnation != stages_[i].incarnation || is_lost())
       return;
     if (m.is_input)
       stages_[i].ledger.input(m.epoch, m.step);
     else
-      stages_[i].ledger.run(m.epoch, m.step, m.oldest);
+      stages_[i].ledger.run(m.epoch, m.step, m.oldest, m.attempt);
   }
 
   void finish(std::size_t i) {
     auto& s = stages_[i];
     auto step = *s.computing;
     s.computing.reset();
+    if (failures_ > 0 && pick(10) == 0) {
+      --failures_;
+      s.ledger.compute_failed(step);
+      return;
+    }
     if (!s.computed_in_this_life.insert(step).second)
       ++recomputed_by_survivors_;
     s.outputs.insert(step);
@@ -254,16 +334,22 @@ private:
       case kind::pass_on:
         REQUIRE(s.outputs.count(action->step) == 1);
         inboxes_[i + 1].push_back(
-          {true, s.ledger.epoch(), action->step, 0, stages_[i + 1].incarnation});
+          {true, s.ledger.epoch(), action->step, 0, stages_[i + 1].incarnation, 0});
         break;
       case kind::report:
         REQUIRE(s.outputs.count(action->step) == 1);
-        if (s.ledger.epoch() == epoch_ && in_flight_.erase(action->step) == 1) {
+        if (!is_lost() && s.ledger.epoch() == epoch_ && in_flight_.erase(action->step) == 1) {
           ++accepted[action->step];
           oldest_ = in_flight_.empty() ? next_ : *in_flight_.begin();
         }
         break;
-      case kind::report_failure: FAIL("nothing fails here"); break;
+      case kind::report_failure:
+        if (s.ledger.epoch() == epoch_ && in_flight_.count(action->step) == 1
+            && s.ledger.attempt(action->step) == attempts_[action->step]) {
+          ++attempts_[action->step];
+          broadcast(action->step);
+        }
+        break;
       case kind::drop:
         REQUIRE(in_flight_.count(action->step) == 0);
         s.outputs.erase(action->step);
@@ -277,6 +363,9 @@ private:
   std::vector<std::deque<message>> inboxes_;
   std::set<std::uint64_t> in_flight_;
   std::uint64_t next_ = 1, oldest_ = 1, epoch_ = 1;
+  std::map<std::uint64_t, std::uint32_t> attempts_;
+  int losses_ = 0;
+  int failures_ = 0;
   int moves_ = 0;
   int recomputed_by_survivors_ = 0;
 };
@@ -284,12 +373,14 @@ private:
 } // namespace
 
 TEST_CASE(
-  "any schedule of deaths completes every step once and computes nothing twice in one life") {
+  "any schedule of deaths, losses and failures completes every step once and computes nothing "
+  "twice in one life") {
   for (std::uint64_t seed = 0; seed < 1500; ++seed) {
     CAPTURE(seed);
     auto num_stages = 1 + seed % 4;
     pipeline p(num_stages, seed);
-    auto accepted = p.run(20, static_cast<int>(seed % 7));
+    auto accepted = p.run(20, static_cast<int>(seed % 7), static_cast<int>(seed % 11),
+                          static_cast<int>(seed % 4));
     REQUIRE(accepted.size() == 20);
     for (const auto& [step, count] : accepted)
       REQUIRE(count == 1);

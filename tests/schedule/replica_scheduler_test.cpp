@@ -612,5 +612,29 @@ TEST_CASE("lost KV is computed again from the token logs, without a second event
   CHECK(events[0].token_index == 1); // goes on where it was
 }
 
+TEST_CASE("after a loss of KV those with the fewest positions to compute go first") {
+  auto l = roomy();
+  l.max_batch_sequences = 2;
+  l.max_in_flight = 3;
+  replica_scheduler s(l);
+  REQUIRE(s.submit(make_request(1, 30)));
+  REQUIRE(s.submit(make_request(2, 5)));
+  REQUIRE(s.submit(make_request(3, 12)));
+  REQUIRE(s.submit(make_request(4, 5)));
+  REQUIRE(s.submit(make_request(5, 1)));
+  REQUIRE(s.submit(make_request(6, 2)));
+  const micro_batch* batch = nullptr;
+  while ((batch = s.next()) != nullptr) {
+  }
+  REQUIRE(s.submit(make_request(7, 1))); // never admitted: behind those that were
+  REQUIRE(s.count().num_running == 6);
+  s.forget_kv();
+  std::vector<request_id> order;
+  while ((batch = s.next()) != nullptr)
+    for (auto id : members(*batch))
+      order.push_back(id);
+  CHECK(order == std::vector<request_id>{5, 6, 2, 4, 3, 1});
+}
+
 } // namespace
 } // namespace troupe::schedule

@@ -60,6 +60,27 @@ TEST_CASE("frames of every size arrive exact and in order, both ways") {
     CHECK(each.memory.use_count() == 1);
 }
 
+TEST_CASE("an endpoint may be opened before it is known whose it is") {
+  party a{"a"};
+  party b{party::with_name("", 0)};
+  b.end->identify("b", 5);
+  b.name = "b";
+  b.incarnation = 5;
+  connect_both(a, b);
+  tensor t(1000, 1);
+  a.send(b, 1, t);
+  b.send(a, 2, t);
+  REQUIRE(b.heard.wait_frames(1));
+  REQUIRE(a.heard.wait_frames(1));
+  CHECK(a.heard.frames[0].header.sender() == "b");
+  CHECK(a.heard.frames[0].header.sender_incarnation() == 5);
+  b.send(b, 3, t); // to itself
+  REQUIRE(b.heard.wait_frames(2));
+  b.end.reset();
+  REQUIRE(a.heard.wait_losses(1));
+  CHECK(a.heard.losses[0].name == "b");
+}
+
 TEST_CASE("eager frames do not overtake a rendezvous before them") {
   party a{"a"};
   party b{"b"};
@@ -422,9 +443,9 @@ TEST_CASE("an endpoint that cannot start says why") {
   REQUIRE_FALSE(started);
   CHECK(started.error().code == error_code::unavailable);
   CHECK_THAT(started.error().cause, Catch::Contains("no-such-device0"));
-  const auto nameless = endpoint::start({}, heard.callbacks());
-  REQUIRE_FALSE(nameless);
-  CHECK(nameless.error().code == error_code::invalid_request);
+  const auto deaf = endpoint::start(party::with_name("a"), {});
+  REQUIRE_FALSE(deaf);
+  CHECK(deaf.error().code == error_code::invalid_request);
 }
 
 TEST_CASE("spinning endpoints talk as well") {

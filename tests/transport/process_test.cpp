@@ -1,5 +1,7 @@
 #include "support.hpp"
 
+#include "troupe/base/child_processes.hpp"
+
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
@@ -94,6 +96,16 @@ public:
       ::kill(pid_, number);
   }
 
+  /// Stops it and waits until the last of its threads stands: a signal takes its time.
+  void stop() const {
+    signal(SIGSTOP);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    while (!all_stand()) {
+      REQUIRE(std::chrono::steady_clock::now() < deadline);
+      std::this_thread::yield();
+    }
+  }
+
   void reap() {
     if (pid_ > 0)
       ::waitpid(pid_, nullptr, 0);
@@ -104,6 +116,15 @@ public:
   std::string address;
 
 private:
+  bool all_stand() const {
+    std::error_code failed;
+    for (const auto& task :
+         std::filesystem::directory_iterator("/proc/" + std::to_string(pid_) + "/task", failed))
+      if (task_state(pid_, std::stoi(task.path().filename())) != 'T')
+        return false;
+    return !failed;
+  }
+
   pid_t pid_ = -1;
 };
 
@@ -218,7 +239,7 @@ TEST_CASE("a killed peer is noticed, its sends fail and its successor serves, ma
     CHECK(large.equals(parent.heard.frames[1].payload));
     std::size_t in_flight = 0;
     if (i % 2 == 1) { // a stopped process takes nothing, so these are still on their way
-      child.signal(SIGSTOP);
+      child.stop();
       for (; in_flight < 8; ++in_flight)
         send(parent, 3 + in_flight, large);
     }

@@ -2,6 +2,7 @@
 
 #include "troupe/actors/cluster_plan.hpp"
 #include "troupe/actors/runtime.hpp"
+#include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
 #include "troupe/base/log.hpp"
 #include "troupe/base/startup_report.hpp"
@@ -9,6 +10,7 @@
 #include "troupe/http/client.hpp"
 #include "troupe/model/model_config.hpp"
 #include "troupe/placement/place.hpp"
+#include "troupe/recovery/relocation.hpp"
 
 #include <chrono>
 #include <csignal>
@@ -19,6 +21,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
+#include <spdlog/spdlog.h>
 #include <unistd.h>
 
 namespace troupe::tools {
@@ -39,10 +42,16 @@ void print_ready(const actors::cluster_state& state, double seconds) {
   std::fflush(stdout);
 }
 
-int up(up_arguments& arguments) {
+void become_launcher() {
   set_process_name("launcher");
   start_logging("warn");
   actors::block_stop_signals();
+  if (auto armed = faults::arm(); !armed)
+    spdlog::error("{}", armed.error().text());
+}
+
+int up(up_arguments& arguments) {
+  become_launcher();
   auto& launch = arguments.launch;
   launch.on_ready = print_ready;
   if (!arguments.quiet)
@@ -81,9 +90,7 @@ int up_detached(up_arguments& arguments) {
   ::dup2(null_fd, STDIN_FILENO);
   ::dup2(null_fd, STDOUT_FILENO);
   ::dup2(null_fd, STDERR_FILENO);
-  set_process_name("launcher");
-  start_logging("warn");
-  actors::block_stop_signals();
+  become_launcher();
   int report_fd = pipe->child_fd();
   bool reported = false;
   arguments.launch.on_ready = [&](const actors::cluster_state&, double) {
@@ -99,7 +106,7 @@ int up_detached(up_arguments& arguments) {
 std::string state_mark(const std::string& state) {
   if (!has_colours())
     return state;
-  bool good = state == "running" || state == "up";
+  bool good = state == "running" || state == "up" || state == "ready" || state == "spare";
   return fmt::format("\033[{}m{}\033[0m", good ? 32 : 33, state);
 }
 
@@ -135,7 +142,12 @@ void print_status(const nlohmann::json& s) {
       if (worker.contains("error"))
         fmt::print("{}       {}\n", last_node ? " " : "│", worker["error"].value("cause", ""));
     }
+    for (const auto& standby : node.value("standbys", nlohmann::json::array()))
+      fmt::print("{}     {}  pid {}  {}\n", last_node ? " " : "│", standby.value("name", ""),
+                 standby.value("pid", 0), state_mark(standby.value("state", "")));
   }
+  for (const auto& warning : s.value("warnings", nlohmann::json::array()))
+    fmt::print("warning: {}\n", warning.get<std::string>());
   const auto& recoveries = s["recoveries"];
   if (recoveries.empty())
     return;
@@ -244,7 +256,8 @@ void add_plan(CLI::App& app, command& run) {
       auto config = config::load(source->file, source->settings);
       if (!config)
         return complain(config.error());
-      if (auto checked = actors::check_before_launch(*config); !checked)
+      auto checked = actors::check_before_launch(*config);
+      if (!checked)
         return complain(checked.error());
       auto model = model::load_model_config(config->model.path);
       if (!model)
@@ -253,6 +266,12 @@ void add_plan(CLI::App& app, command& run) {
       if (!placed)
         return complain(placed.error());
       fmt::print("{}", placement::describe(*placed));
+      std::map<std::string, std::uint64_t> memory;
+      for (const auto& node : config->nodes)
+        if (node.launch == config::launch_mode::local)
+          memory[node.name] = host_memory_bytes();
+      for (const auto& line : recovery::foresee_losses(*checked, memory))
+        fmt::print("{}\n", line);
       return EXIT_SUCCESS;
     };
   });

@@ -1,12 +1,14 @@
 #include "commands.hpp"
 
 #include "troupe/actors/runtime.hpp"
+#include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
 #include "troupe/base/log.hpp"
 
 #include <memory>
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 namespace troupe::tools {
 
@@ -16,7 +18,7 @@ namespace {
 struct process_arguments {
   actors::config_source config;
   std::string name;
-  std::uint64_t incarnation = 1;
+  actors::process_options process;
   std::uint16_t port = 0;
   std::uint16_t controller_port = 0;
   std::string peer; ///< HOST:PORT
@@ -24,7 +26,6 @@ struct process_arguments {
   std::string log_directory;
   std::string log_level = "info";
   std::uint32_t heartbeat_ms = 100;
-  int startup_fd = -1;
 };
 
 using arguments_ptr = std::shared_ptr<process_arguments>;
@@ -33,17 +34,22 @@ void begin(const process_arguments& arguments, const std::string& name) {
   set_process_name(name);
   start_logging(arguments.log_level);
   actors::block_stop_signals();
+  if (auto armed = faults::arm(); !armed)
+    spdlog::error("{}", armed.error().text());
+  faults::suffer(faults::point::process_init);
 }
 
 CLI::App* declare(CLI::App& app, const char* name, const char* help,
                   const arguments_ptr& arguments) {
   auto* sub = app.add_subcommand(name, help);
   sub->group("Processes (started by the others)");
-  sub->add_option("--incarnation", arguments->incarnation,
+  sub->add_option("--incarnation", arguments->process.incarnation,
                   "how often this process has been started");
   sub->add_option("--log-level", arguments->log_level, "debug, info, warn or error");
   sub->add_option("--heartbeat-ms", arguments->heartbeat_ms, "between two signs of life");
-  sub->add_option("--startup-fd", arguments->startup_fd, "pipe to the launcher");
+  sub->add_option("--startup-fd", arguments->process.startup_fd, "pipe to the launcher");
+  sub->add_option("--pulse-fd", arguments->process.pulse_fd, "page of memory for signs of life");
+  sub->add_option("--state-directory", arguments->process.state_directory, "for journals");
   return sub;
 }
 
@@ -79,8 +85,7 @@ void add_processes(CLI::App& app, command& run) {
   controller->callback([arguments, &run] {
     run = [arguments] {
       begin(*arguments, "controller");
-      return actors::run_controller(
-        {arguments->config, arguments->incarnation, arguments->port, arguments->startup_fd});
+      return actors::run_controller({arguments->config, arguments->process, arguments->port});
     };
   });
 
@@ -92,9 +97,8 @@ void add_processes(CLI::App& app, command& run) {
   frontend->callback([arguments, &run] {
     run = [arguments] {
       begin(*arguments, "frontend");
-      return actors::run_frontend({arguments->config, arguments->incarnation,
-                                   arguments->controller_port, arguments->port,
-                                   arguments->startup_fd});
+      return actors::run_frontend(
+        {arguments->config, arguments->process, arguments->controller_port, arguments->port});
     };
   });
 
@@ -111,12 +115,13 @@ void add_processes(CLI::App& app, command& run) {
       begin(*arguments, arguments->name);
       actors::node_options options;
       options.name = arguments->name;
-      options.incarnation = arguments->incarnation;
+      options.incarnation = arguments->process.incarnation;
       std::tie(options.controller_host, options.controller_port) = split_peer(arguments->peer);
       options.bind = arguments->bind;
       options.log_directory = arguments->log_directory;
       options.log_level = arguments->log_level;
-      return actors::run_node(std::move(options), arguments->heartbeat_ms);
+      options.heartbeat_ms = arguments->heartbeat_ms;
+      return actors::run_node(std::move(options), arguments->process.pulse_fd);
     };
   });
 
@@ -130,9 +135,10 @@ void add_processes(CLI::App& app, command& run) {
       begin(*arguments, arguments->name);
       actors::worker_options options;
       options.name = arguments->name;
-      options.incarnation = arguments->incarnation;
+      options.incarnation = arguments->process.incarnation;
       std::tie(options.node_host, options.node_port) = split_peer(arguments->peer);
-      return actors::run_worker(std::move(options), arguments->heartbeat_ms);
+      return actors::run_worker(std::move(options), arguments->heartbeat_ms,
+                                arguments->process.pulse_fd);
     };
   });
 }

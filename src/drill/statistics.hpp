@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace troupe::drill {
+
+/// The value that the share `p` (0 to 1) of the samples does not exceed, interpolated between the
+/// two nearest. 0 if there are none.
+double percentile(std::vector<double> samples, double p);
+
+struct summary {
+  std::size_t count = 0;
+  double median = 0;
+  double p95 = 0;
+  double max = 0;
+};
+
+summary summarise(const std::vector<double>& samples);
+
+/// Counts of durations in buckets that are 2 % wide, for millions of them.
+class histogram {
+public:
+  void add(double ms);
+  void add(const histogram& other);
+  std::uint64_t count() const { return count_; }
+  double max() const { return max_; }
+  double percentile(double p) const;
+
+private:
+  std::vector<std::uint64_t> buckets_;
+  std::uint64_t count_ = 0;
+  double max_ = 0;
+};
+
+/// A figure of one process over time, each as long as it lived.
+struct process_series {
+  std::string name;
+  int pid = 0;
+  std::vector<double> rss_kib;
+  std::vector<double> fds;
+};
+
+/// How much a series has grown between its second quarter (what comes before is warming up) and
+/// its last, by medians; nothing for fewer than 20 samples.
+std::optional<double> growth(std::span<const double> series);
+
+} // namespace troupe::drill
