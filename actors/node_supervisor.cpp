@@ -4,6 +4,7 @@
 #include "troupe/actors/dial.hpp"
 #include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
+#include "troupe/recovery/relocation.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -41,11 +42,6 @@ constexpr auto birth_time = 10s;
 constexpr std::uint64_t incarnations_of_a_node = 100'000;
 
 constexpr const char* controller_name = "controller";
-
-bool same_actors(const proto::WorkerPlan& a, const proto::WorkerPlan& b) {
-  return std::equal(a.actors().begin(), a.actors().end(), b.actors().begin(), b.actors().end(),
-                    [](const auto& x, const auto& y) { return x.id() == y.id(); });
-}
 
 /// Names memory that was never there before.
 std::uint64_t new_generation() {
@@ -144,7 +140,7 @@ void node_supervisor::adopt(const proto::NodeAssignment& assignment) {
     // A controller that forgot everything must not have a name and a number given twice.
     w.view.set_incarnation(std::max({w.view.incarnation(), known.incarnation(),
                                      (options_.incarnation - 1) * incarnations_of_a_node}));
-    if (!is_new && same_actors(w.view.plan(), known.plan()))
+    if (!is_new && recovery::same_actors(w.view.plan(), known.plan()))
       continue;
     *w.view.mutable_plan() = known.plan();
     w.view.set_host(options_.bind);

@@ -40,11 +40,6 @@ std::uint64_t nanoseconds(membership::time_point t) {
     std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count());
 }
 
-bool same_actors(const proto::WorkerPlan& a, const proto::WorkerPlan& b) {
-  return std::equal(a.actors().begin(), a.actors().end(), b.actors().begin(), b.actors().end(),
-                    [](const auto& x, const auto& y) { return x.id() == y.id(); });
-}
-
 /// Nothing of the worker's process can be reached any more.
 void forget_process(proto::WorkerView& worker, proto::ProcessState state) {
   worker.set_state(state);

@@ -213,6 +213,11 @@ std::vector<std::string> foresee_losses(const proto::ClusterPlan& plan,
   return lines;
 }
 
+bool same_actors(const proto::WorkerPlan& a, const proto::WorkerPlan& b) {
+  return std::equal(a.actors().begin(), a.actors().end(), b.actors().begin(), b.actors().end(),
+                    [](const auto& x, const auto& y) { return x.id() == y.id(); });
+}
+
 bool is_covered(const proto::ClusterView& view, const proto::WorkerView& worker) {
   return std::all_of(
     worker.plan().actors().begin(), worker.plan().actors().end(), [&](const auto& actor) {

@@ -45,6 +45,9 @@ std::vector<move> moves_home(const proto::ClusterView& view, const proto::Cluste
 std::vector<std::string> foresee_losses(const proto::ClusterPlan& plan,
                                         const std::map<std::string, std::uint64_t>& memory);
 
+/// True when both run the same actors, in the same order.
+bool same_actors(const proto::WorkerPlan& a, const proto::WorkerPlan& b);
+
 /// True when nothing is lost of what replicas need with this worker away: it has only copies of
 /// expert groups that run elsewhere too.
 bool is_covered(const proto::ClusterView& view, const proto::WorkerView& worker);

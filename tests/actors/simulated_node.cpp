@@ -1,5 +1,7 @@
 #include "simulated_cluster.hpp"
 
+#include "troupe/recovery/relocation.hpp"
+
 #include <algorithm>
 
 #include <fmt/format.h>
@@ -20,11 +22,6 @@ namespace {
 constexpr auto redial_interval = 200ms;
 constexpr auto heartbeat = 200ms;
 constexpr std::uint64_t incarnations_of_a_node = 1'000'000;
-
-bool same_actors(const proto::WorkerPlan& a, const proto::WorkerPlan& b) {
-  return std::equal(a.actors().begin(), a.actors().end(), b.actors().begin(), b.actors().end(),
-                    [](const auto& x, const auto& y) { return x.id() == y.id(); });
-}
 
 /// The root of a worker process.
 struct worker_state {
@@ -183,7 +180,7 @@ void simulated_node::adopt(const proto::NodeAssignment& assignment) {
       here.insert(actor.id());
     w.view.set_incarnation(std::max(
       {w.view.incarnation(), known.incarnation(), (incarnation_ - 1) * incarnations_of_a_node}));
-    if (!is_new && same_actors(w.view.plan(), known.plan()))
+    if (!is_new && recovery::same_actors(w.view.plan(), known.plan()))
       continue;
     *w.view.mutable_plan() = known.plan();
     changed.push_back(&w);
