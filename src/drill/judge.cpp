@@ -13,8 +13,8 @@ namespace {
 
 /// Growth of a process that still counts as none: allocators and caches breathe.
 constexpr double tolerated_fds = 8;
-constexpr double tolerated_rss_kib = 32.0 * 1024;
-constexpr double tolerated_rss_share = 0.15;
+constexpr double tolerated_growth_kib = 32.0 * 1024;
+constexpr double tolerated_growth_share = 0.15;
 
 /// When a record's fault was noticed, as well as it can be told.
 std::int64_t noticed_ns(const record_seen& r) {
@@ -88,28 +88,28 @@ finding counted(std::string check, std::uint64_t found, std::uint64_t allowed,
 
 finding judge_memory(const drill_outcome& outcome) {
   finding result{"flat", true, ""};
-  double worst_rss = 0, worst_fds = 0;
+  double worst_memory = 0, worst_fds = 0;
   std::size_t judged = 0;
   for (const auto& p : outcome.processes) {
-    const auto rss = growth(p.rss_kib), fds = growth(p.fds);
-    if (!rss || !fds)
+    const auto memory = growth(p.private_kib), fds = growth(p.fds);
+    if (!memory || !fds)
       continue;
     ++judged;
-    worst_rss = std::max(worst_rss, *rss);
+    worst_memory = std::max(worst_memory, *memory);
     worst_fds = std::max(worst_fds, *fds);
-    const double allowed =
-      std::max(tolerated_rss_kib, tolerated_rss_share * p.rss_kib[p.rss_kib.size() / 4]);
-    if (*rss <= allowed && *fds <= tolerated_fds)
+    const double allowed = std::max(
+      tolerated_growth_kib, tolerated_growth_share * p.private_kib[p.private_kib.size() / 4]);
+    if (*memory <= allowed && *fds <= tolerated_fds)
       continue;
     result.ok = false;
     result.text += fmt::format("{} (pid {}) grew by {:.1f} MiB and {:.0f} descriptors; ", p.name,
-                               p.pid, *rss / 1024, *fds);
+                               p.pid, *memory / 1024, *fds);
   }
   if (judged == 0)
     result.text = "no process lived long enough to tell";
   else if (result.ok)
     result.text = fmt::format("{} processes, growth at most {:.1f} MiB and {:.0f} descriptors",
-                              judged, worst_rss / 1024, worst_fds);
+                              judged, worst_memory / 1024, worst_fds);
   return result;
 }
 

@@ -136,12 +136,12 @@ nlohmann::json to_json(const drill_outcome& o, const std::vector<finding>& findi
   for (const auto& run : o.runs)
     result["runs"].push_back(to_json(o, run));
   for (const auto& p : o.processes)
-    if (!p.rss_kib.empty())
+    if (!p.private_kib.empty())
       result["processes"].push_back({{"name", p.name},
                                      {"pid", p.pid},
-                                     {"samples", p.rss_kib.size()},
-                                     {"rss_kib_first", p.rss_kib.front()},
-                                     {"rss_kib_last", p.rss_kib.back()},
+                                     {"samples", p.private_kib.size()},
+                                     {"private_kib_first", p.private_kib.front()},
+                                     {"private_kib_last", p.private_kib.back()},
                                      {"fds_first", p.fds.front()},
                                      {"fds_last", p.fds.back()}});
   return result;
@@ -210,7 +210,7 @@ std::string to_line(const drill_outcome& o) {
   }
   double grown_kib = 0, grown_fds = 0;
   for (const auto& p : o.processes) {
-    grown_kib = std::max(grown_kib, growth(p.rss_kib).value_or(0));
+    grown_kib = std::max(grown_kib, growth(p.private_kib).value_or(0));
     grown_fds = std::max(grown_fds, growth(p.fds).value_or(0));
   }
   const auto& c = o.clients;

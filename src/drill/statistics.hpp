@@ -37,11 +37,13 @@ private:
   double max_ = 0;
 };
 
-/// A figure of one process over time, each as long as it lived.
+/// Figures of one process over time, each as long as it lived. Memory is what the process holds for
+/// itself (RssAnon in /proc/PID/status): pages of the KV cache and of weights are shared, of a size
+/// fixed at launch, and come into the resident set as they are touched.
 struct process_series {
   std::string name;
   int pid = 0;
-  std::vector<double> rss_kib;
+  std::vector<double> private_kib;
   std::vector<double> fds;
 };
 

@@ -281,7 +281,7 @@ TEST_CASE("the verdict finds growth of processes") {
   auto o = one_drill();
   process_series s{"frontend", 7, {}, {}};
   for (int i = 0; i < 20; ++i) {
-    s.rss_kib.push_back(100'000 + i);
+    s.private_kib.push_back(100'000 + i);
     s.fds.push_back(50);
   }
   o.processes = {s};
@@ -291,7 +291,7 @@ TEST_CASE("the verdict finds growth of processes") {
   CHECK_FALSE(holds(judge(o), "flat"));
   o.processes = {s};
   for (std::size_t i = 0; i < 20; ++i)
-    o.processes[0].rss_kib[i] = 100'000 + 5'000 * static_cast<double>(i);
+    o.processes[0].private_kib[i] = 100'000 + 5'000 * static_cast<double>(i);
   CHECK_FALSE(holds(judge(o), "flat"));
 }
 

@@ -66,11 +66,11 @@ double descriptors_of(int pid) {
   return count;
 }
 
-double resident_kib(int pid) {
-  std::istringstream statm(read_all(fmt::format("/proc/{}/statm", pid)));
-  double size = 0, resident = 0;
-  statm >> size >> resident;
-  return resident * static_cast<double>(::sysconf(_SC_PAGESIZE)) / 1024;
+double private_kib(int pid) {
+  const auto status = read_all(fmt::format("/proc/{}/status", pid));
+  constexpr std::string_view key = "\nRssAnon:";
+  const auto at = status.find(key);
+  return at == std::string::npos ? 0 : std::atof(status.c_str() + at + key.size());
 }
 
 bool is_alive(int pid) {
@@ -305,7 +305,7 @@ void cluster::sample() {
       series_.push_back({name_of(pid), pid, {}, {}});
       known = std::prev(series_.end());
     }
-    known->rss_kib.push_back(resident_kib(pid));
+    known->private_kib.push_back(private_kib(pid));
     known->fds.push_back(descriptors_of(pid));
   }
 }
