@@ -12,28 +12,39 @@
 #include <thread>
 #include <vector>
 
+#include <fmt/format.h>
+
 namespace troupe::actors {
 
 namespace {
 
-/// KV pages hold activations, which are float32 on the CPU.
-constexpr std::uint64_t kv_element_bytes = 4;
+/// KV pages hold what kernels::ops::kv_type says of the CPU.
+std::uint64_t kv_element_bytes(const model::model_config& model, config::numerics arithmetic) {
+  bool is_short =
+    arithmetic == config::numerics::fast && model.attention == model::attention_kind::latent;
+  return is_short ? 2 : 4;
+}
 
 /// What an actor's weights take, about.
 std::uint64_t weight_bytes(const placement::actor& actor, const placement::model_shape& shape,
-                           bool experts_inside, std::uint32_t num_layers,
+                           bool experts_inside, std::uint32_t num_layers, bool with_mtp,
                            std::int32_t weight_bits) {
   std::uint64_t weights = 0;
+  // The MTP layer lies behind the last.
+  auto num_loaded = num_layers + (with_mtp ? 1 : 0);
   if (actor.kind == placement::actor_kind::stage) {
-    for (auto layer = actor.first_layer; layer < actor.end_layer; ++layer) {
+    auto end_layer = actor.end_layer == num_layers ? num_loaded : actor.end_layer;
+    for (auto layer = actor.first_layer; layer < end_layer; ++layer) {
       weights += shape.is_moe(layer) ? shape.moe_layer_cost : shape.dense_layer_cost;
       if (shape.is_moe(layer) && experts_inside)
         weights += shape.routed_experts_cost;
     }
     if (actor.first_layer == 0 || actor.end_layer == num_layers)
       weights += shape.head_cost; // the embedding is as large as the head
+    if (with_mtp && actor.end_layer == num_layers && actor.first_layer > 0)
+      weights += shape.head_cost;
   } else {
-    for (std::uint32_t layer = 0; layer < num_layers; ++layer)
+    for (std::uint32_t layer = 0; layer < num_loaded; ++layer)
       if (shape.is_moe(layer))
         weights +=
           shape.routed_experts_cost / shape.num_experts * (actor.end_expert - actor.first_expert);
@@ -68,6 +79,14 @@ placement::model_shape shape_of(const model::model_config& m) {
 expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& cluster,
                                                const model::model_config& model) {
   auto shape = shape_of(model);
+  const bool with_mtp = cluster.serving.draft_tokens > 0;
+  if (with_mtp && model.num_mtp_layers == 0)
+    return fail(error_code::invalid_config,
+                fmt::format("{}: serving.draft_tokens: {} asks for drafts, but {} has no MTP layer "
+                            "to make them (num_nextn_predict_layers is 0)",
+                            cluster.where("serving.draft_tokens"), cluster.serving.draft_tokens,
+                            cluster.model.path.string()),
+                "write serving.draft_tokens: 0");
   auto placed = placement::place(cluster, shape);
   if (!placed)
     return tl::unexpected(placed.error());
@@ -102,6 +121,8 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   plan.set_dispatch_timeout_ms(cluster.recovery.dispatch_timeout_ms);
   plan.set_unprotected(cluster.recovery.level == config::protection::off);
   plan.set_retain_s(serving.retain_s);
+  plan.set_fast_numerics(cluster.model.arithmetic == config::numerics::fast);
+  plan.set_draft_tokens(serving.draft_tokens);
   bool is_local = cluster.network.bind.starts_with("127.") || cluster.network.bind == "::1";
   plan.set_transport_interface(is_local ? "lo" : "");
   auto workers = static_cast<std::uint32_t>(std::max<std::size_t>(1, placed->workers.size()));
@@ -138,12 +159,15 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
       a->set_first_expert(actor.first_expert);
       a->set_end_expert(actor.end_expert);
       a->set_weight_bytes(weight_bytes(actor, shape, plan.num_expert_groups() == 0,
-                                       shape.num_layers, model.weight_bits));
-      if (is_stage)
-        a->set_kv_bytes(std::uint64_t{actor.end_layer - actor.first_layer} * plan.kv_pages()
-                          * plan.page_tokens() * static_cast<std::uint64_t>(model.kv_dim())
-                          * kv_element_bytes
-                        + memory::page_seals::bytes(plan.kv_pages()));
+                                       shape.num_layers, with_mtp, model.weight_bits));
+      if (!is_stage)
+        continue;
+      bool drafts = with_mtp && actor.end_layer == shape.num_layers;
+      auto kv_layers = actor.end_layer - actor.first_layer + (drafts ? 1 : 0);
+      a->set_kv_bytes(std::uint64_t{kv_layers} * plan.kv_pages() * plan.page_tokens()
+                        * static_cast<std::uint64_t>(model.kv_dim())
+                        * kv_element_bytes(model, cluster.model.arithmetic)
+                      + memory::page_seals::bytes(plan.kv_pages()));
     }
   }
   return plan;
@@ -167,7 +191,8 @@ expected<proto::ClusterPlan> check_before_launch(const config::cluster_config& c
   auto weights = model::open_weights(path);
   if (!weights)
     return tl::unexpected(weights.error());
-  if (auto checked = model::check_weights(**weights, *model, model::whole_model(*model)); !checked)
+  auto whole = model::whole_model(*model, cluster.serving.draft_tokens > 0);
+  if (auto checked = model::check_weights(**weights, *model, whole); !checked)
     return tl::unexpected(checked.error());
   return plan;
 }

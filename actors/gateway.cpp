@@ -198,6 +198,8 @@ void gateway::serve_metrics(http_call& call) {
     gauges.free_pages = counters.num_free_pages;
     gauges.in_flight = counters.num_in_flight;
     gauges.preemptions = counters.num_preemptions;
+    gauges.drafted_tokens = counters.num_drafted_tokens;
+    gauges.accepted_tokens = counters.num_accepted_tokens;
     gauges.serving = r.report.serving;
     metrics_.set_replica(r.report.replica, gauges);
   }

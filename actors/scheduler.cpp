@@ -33,10 +33,11 @@ schedule::limits limits_of(const proto::ClusterPlan& plan) {
   result.max_in_flight = plan.num_stages() + 1;
   result.max_queued = plan.max_queue();
   result.max_context = plan.max_context();
+  result.draft_tokens = plan.draft_tokens();
   return result;
 }
 
-proto::RunMicroBatch to_message(const schedule::micro_batch& batch) {
+proto::RunMicroBatch to_message(const schedule::micro_batch& batch, bool with_drafts) {
   proto::RunMicroBatch result;
   result.mutable_tokens()->Add(batch.tokens.begin(), batch.tokens.end());
   for (const auto& slice : batch.sequences) {
@@ -44,6 +45,11 @@ proto::RunMicroBatch to_message(const schedule::micro_batch& batch) {
     result.add_row_counts(slice.num_rows);
     result.add_page_counts(static_cast<std::uint32_t>(slice.pages.size()));
     result.mutable_pages()->Add(slice.pages.begin(), slice.pages.end());
+    if (!with_drafts)
+      continue;
+    result.add_next_tokens(slice.next_token);
+    result.add_draft_counts(slice.num_drafts);
+    result.add_drafts_wanted(slice.num_wanted);
   }
   for (const auto& output : batch.outputs) {
     const auto& slice = batch.sequences[static_cast<std::size_t>(output.sequence)];
@@ -273,7 +279,7 @@ void scheduler::report_replay(proto::RecoveryPhase phase, std::uint32_t requests
 }
 
 void scheduler::send_to_stages(const schedule::micro_batch& batch) {
-  auto body = to_message(batch);
+  auto body = to_message(batch, plan_.draft_tokens() > 0);
   body.set_replica(replica_);
   body.set_epoch(view_.epoch());
   body.set_step(step_base_ + batch.step);
@@ -392,7 +398,10 @@ void scheduler::complete(const proto::MicroBatchDone& done) {
     top += num_top;
   }
   watch_.completed(done.step() - step_base_, clock().now());
-  if (auto taken = policy_.complete(done.step() - step_base_, outputs_); !taken)
+  const schedule::draft_list drafts{
+    {done.draft_counts().data(), static_cast<std::size_t>(done.draft_counts_size())},
+    {done.drafts().data(), static_cast<std::size_t>(done.drafts_size())}};
+  if (auto taken = policy_.complete(done.step() - step_base_, outputs_, drafts); !taken)
     spdlog::error("step {} of replica-{}: {}", done.step(), replica_, taken.error().text());
   last_progress_ = current_time();
   if (replaying_) {

@@ -288,17 +288,22 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   auto hidden = model_->forward(input);
   if (!hidden)
     return tl::unexpected(hidden.error());
-  if (traits_.seals)
-    seal_pages(batch);
   stage_result result;
   result.step = batch.step();
   if (model_->is_last()) {
     auto done = draw(batch);
     if (!done)
       return tl::unexpected(done.error());
+    if (batch.drafts_wanted_size() > 0)
+      if (auto drafted = draft(batch, **done); !drafted)
+        return tl::unexpected(drafted.error());
     result.done = std::move(*done);
-    return result;
   }
+  // Drafting writes to the pages as well.
+  if (traits_.seals)
+    seal_pages(batch);
+  if (model_->is_last())
+    return result;
   auto buffer = buffers_.take(tokens_.size() * row_bytes);
   if (!buffer)
     return tl::unexpected(buffer.error());
@@ -346,6 +351,53 @@ stage_compute::draw(const proto::RunMicroBatch& batch) {
     done->mutable_top_logprobs()->Add(s.top_logprobs, s.top_logprobs + s.num_top);
   }
   return done;
+}
+
+/// Computes the MTP layer for the rows that stand and drafts the tokens behind them.
+expected<void> stage_compute::draft(const proto::RunMicroBatch& batch,
+                                    proto::MicroBatchDone& done) {
+  auto num_slices = batch.row_counts_size();
+  if (batch.drafts_wanted_size() != num_slices || batch.draft_counts_size() != num_slices
+      || batch.next_tokens_size() != num_slices)
+    return fail(error_code::invalid_request, "a micro-batch whose draft arrays differ in length");
+  auto most = static_cast<std::uint32_t>(model_->options().max_drafts);
+  draft_slices_.clear();
+  for (int s = 0; s < num_slices; ++s)
+    draft_slices_.push_back({static_cast<std::int32_t>(batch.row_counts(s)),
+                             static_cast<std::int32_t>(batch.draft_counts(s)), batch.next_tokens(s),
+                             static_cast<std::int32_t>(std::min(batch.drafts_wanted(s), most))});
+  drawn_.clear();
+  for (const auto& token : sampled_)
+    drawn_.push_back(token.token);
+  if (auto built = draft_plan_.build(draft_slices_, tokens_, rows_, drawn_); !built)
+    return built;
+  draft_positions_.clear();
+  draft_sequences_.clear();
+  for (auto row : draft_plan_.rows()) {
+    draft_positions_.push_back(positions_[static_cast<std::size_t>(row)]);
+    draft_sequences_.push_back(sequences_[static_cast<std::size_t>(row)]);
+  }
+  chains_.clear();
+  for (const auto& chain : draft_plan_.chains()) {
+    chains_.push_back({chain.row, chain.num_drafts, params_[chain.output]});
+    ++chains_.back().draw.position;
+  }
+  model::draft_input input{draft_plan_.rows(),
+                           draft_plan_.next_tokens(),
+                           {draft_positions_, draft_sequences_, pages_, page_offsets_},
+                           chains_,
+                           experts_.get()};
+  drafts_.resize(chains_.size() * most);
+  if (auto drafted = model_->draft(input, drafts_); !drafted)
+    return drafted;
+  done.mutable_draft_counts()->Resize(num_slices, 0);
+  for (std::size_t c = 0; c < chains_.size(); ++c) {
+    std::uint32_t count = 0;
+    for (auto* token = drafts_.data() + c * most; count < most && token[count] >= 0; ++count)
+      done.add_drafts(token[count]);
+    done.set_draft_counts(draft_plan_.chains()[c].slice, count);
+  }
+  return {};
 }
 
 } // namespace troupe::actors

@@ -7,6 +7,7 @@
 #include "troupe/memory/page_seals.hpp"
 #include "troupe/memory/pulse_page.hpp"
 #include "troupe/messages/serving_protocol.hpp"
+#include "troupe/model/draft_plan.hpp"
 #include "troupe/model/stage_model.hpp"
 #include "troupe/recovery/stage_ledger.hpp"
 
@@ -72,6 +73,7 @@ private:
   expected<void> open_pages(const proto::RunMicroBatch& batch);
   void seal_pages(const proto::RunMicroBatch& batch);
   expected<std::shared_ptr<proto::MicroBatchDone>> draw(const proto::RunMicroBatch& batch);
+  expected<void> draft(const proto::RunMicroBatch& batch, proto::MicroBatchDone& done);
 
   std::shared_ptr<kernels::ops> ops_;
   std::shared_ptr<model::stage_model> model_;
@@ -84,6 +86,10 @@ private:
     read_pages_;
   std::vector<kernels::sampling_params> params_;
   std::vector<kernels::sampled_token> sampled_;
+  model::draft_plan draft_plan_;
+  std::vector<model::draft_plan::slice> draft_slices_;
+  std::vector<model::draft_chain> chains_;
+  std::vector<std::int32_t> drawn_, draft_positions_, draft_sequences_, drafts_;
 };
 
 /// A run of layers of one replica. Lives in a worker; its KV pages belong to the node and are

@@ -23,7 +23,8 @@ struct loader {
   /// The kernels count their progress in the activity, so it lives as long as they do.
   std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse) const {
     auto threads = std::max<std::uint32_t>(1, plan().compute_threads());
-    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter());
+    auto mode = plan().fast_numerics() ? kernels::numerics::fast : kernels::numerics::exact;
+    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter(), mode);
     return {made.release(), [pulse](kernels::ops* owned) { delete owned; }};
   }
 
@@ -59,6 +60,8 @@ struct loader {
     options.max_rows = static_cast<std::int32_t>(plan().max_batch_tokens());
     options.with_local_experts = plan().num_expert_groups() == 0;
     options.checks_finite = !plan().unprotected();
+    if (options.end_layer == config.num_layers)
+      options.max_drafts = static_cast<std::int32_t>(plan().draft_tokens());
     auto model = model::stage_model::load(weights, config, options, *s.ops);
     if (!model)
       return tl::unexpected(model.error());
@@ -93,7 +96,7 @@ struct loader {
   /// The sums lie behind the pages.
   void make_seals(loaded_stage& s, std::size_t bytes_of_pages) const {
     memory::page_seals::layout shape;
-    shape.num_layers = s.plan.end_layer() - s.plan.first_layer();
+    shape.num_layers = static_cast<std::size_t>(s.model->num_kv_layers());
     shape.num_pages = plan().kv_pages();
     shape.page_tokens = plan().page_tokens();
     shape.page_bytes = bytes_of_pages / (shape.num_layers * shape.num_pages);
@@ -113,7 +116,8 @@ struct loader {
     g.ops = make_ops(g.pulse);
     model::expert_range range{static_cast<std::int32_t>(actor.first_expert()),
                               static_cast<std::int32_t>(actor.end_expert())};
-    auto experts = model::expert_group_model::load(weights, config, range, *g.ops);
+    auto experts =
+      model::expert_group_model::load(weights, config, range, *g.ops, plan().draft_tokens() > 0);
     if (!experts)
       return tl::unexpected(experts.error());
     g.experts = std::move(*experts);

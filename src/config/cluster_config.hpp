@@ -42,7 +42,7 @@ struct node {
 
 enum class numerics : std::uint8_t {
   exact, ///< activations stay in float32
-  fast,  ///< activations are rounded to bf16 before each product
+  fast,  ///< on the CPU, activations are rounded before each product
 };
 
 struct model_settings {
@@ -70,8 +70,9 @@ struct serving_settings {
   std::uint32_t max_queue = 1024;           ///< requests of a replica waiting for admission
   std::uint32_t max_context = 0;            ///< positions of one sequence; 0: what the model allows
   std::uint32_t request_timeout_s = 600;
-  std::uint32_t retain_s = 300; ///< how long an answer can be fetched again
-  std::uint32_t threads = 0;    ///< compute threads a worker; 0: cores / workers
+  std::uint32_t retain_s = 300;   ///< how long an answer can be fetched again
+  std::uint32_t threads = 0;      ///< compute threads a worker; 0: cores / workers
+  std::uint32_t draft_tokens = 0; ///< that the model's MTP layer drafts for a sequence in a step
 };
 
 enum class protection : std::uint8_t {

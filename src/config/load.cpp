@@ -117,9 +117,7 @@ void read_model(section from, model_settings& model, const fs::path& file) {
   }
   constexpr std::array<std::pair<std::string_view, numerics>, 2> choices = {
     {{"exact", numerics::exact}, {"fast", numerics::fast}}};
-  if (from.read_choice<numerics>("numerics", model.arithmetic, choices)
-      && model.arithmetic == numerics::fast)
-    from.refuse("numerics", fmt::format("fast {}; write exact", not_yet));
+  from.read_choice<numerics>("numerics", model.arithmetic, choices);
   from.read_text("name", model.name);
   from.done();
 }
@@ -251,6 +249,7 @@ void read_serving(section from, serving_settings& serving) {
   from.read_number("request_timeout_s", serving.request_timeout_s, 1, 7 * 24 * 3600);
   from.read_number("retain_s", serving.retain_s, 0, 7 * 24 * 3600);
   from.read_number("threads", serving.threads, 0, 4096);
+  from.read_number("draft_tokens", serving.draft_tokens, 0, 3);
 
   // Defaults give way to what is written; only what is written can be wrong.
   if (serving.prefill_chunk_tokens > serving.max_batch_tokens) {

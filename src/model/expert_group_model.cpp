@@ -17,8 +17,8 @@ expert_group_model::expert_group_model(std::shared_ptr<tensor_source> source,
 
 expected<std::unique_ptr<expert_group_model>>
 expert_group_model::load(std::shared_ptr<tensor_source> source, const model_config& config,
-                         expert_range experts, kernels::ops& ops) {
-  return load(std::move(source), config, experts, 0, config.num_layers, ops);
+                         expert_range experts, kernels::ops& ops, bool with_mtp) {
+  return load(std::move(source), config, experts, 0, config.num_layers + (with_mtp ? 1 : 0), ops);
 }
 
 expected<std::unique_ptr<expert_group_model>>
@@ -30,10 +30,11 @@ expert_group_model::load(std::shared_ptr<tensor_source> source, const model_conf
                 fmt::format("experts [{}, {}) are asked for, but the model has {}", experts.first,
                             experts.end, config.num_experts),
                 "lower the number of expert groups");
-  if (first_layer < 0 || first_layer > end_layer || end_layer > config.num_layers)
+  const auto num_layers = config.num_layers + config.num_mtp_layers;
+  if (first_layer < 0 || first_layer > end_layer || end_layer > num_layers)
     return fail(error_code::invalid_config,
                 fmt::format("layers [{}, {}) are asked for, but the model has {}", first_layer,
-                            end_layer, config.num_layers));
+                            end_layer, num_layers));
   std::unique_ptr<expert_group_model> model(
     new expert_group_model(std::move(source), config, experts, first_layer, ops));
   model->layers_.resize(end_layer - first_layer);

@@ -18,7 +18,8 @@ namespace troupe::model {
 /// calls. To be used by one thread at a time, the one that uses `ops`.
 class expert_group_model {
 public:
-  /// Maps and checks the weights; they are used in place. `ops` must outlive the model.
+  /// Maps and checks the weights; they are used in place. `ops` must outlive the model. The first
+  /// MTP layer is the one behind the last.
   /// Errors: invalid_config for an impossible range, invalid_model, io_failed.
   static expected<std::unique_ptr<expert_group_model>>
   load(std::shared_ptr<tensor_source> source, const model_config& config, expert_range experts,
@@ -27,8 +28,8 @@ public:
   /// The same for all layers of the model.
   static expected<std::unique_ptr<expert_group_model>> load(std::shared_ptr<tensor_source> source,
                                                             const model_config& config,
-                                                            expert_range experts,
-                                                            kernels::ops& ops);
+                                                            expert_range experts, kernels::ops& ops,
+                                                            bool with_mtp = false);
 
   expert_range experts() const { return experts_; }
   std::int32_t hidden_size() const { return hidden_size_; }

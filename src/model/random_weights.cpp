@@ -97,7 +97,7 @@ random_weights::random_weights(const model_config& config, std::string origin)
   : origin_(std::move(origin)),
     fp8_(config.fp8),
     int8_(config.int8),
-    specs_(list_tensors(config, whole_model(config))) {
+    specs_(list_tensors(config, whole_model(config, true))) {
   for (std::size_t i = 0; i < specs_.size(); ++i) {
     const auto& spec = specs_[i];
     const std::int64_t rows = spec.num_rows;

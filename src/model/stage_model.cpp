@@ -13,17 +13,22 @@ using kernels::rows_view;
 /// Logits are as wide as the vocabulary, so so many rows are taken at a time.
 constexpr std::int32_t kLogitRows = 64;
 
+/// The end of the layers that the stage loads, which in the last one may include an MTP layer.
+std::int32_t end_loaded(const stage_options& options) {
+  return options.end_layer + (options.max_drafts > 0 ? 1 : 0);
+}
+
 /// Width of the widest dense MLP or shared expert, which decides how much scratch is needed.
 std::int32_t widest_mlp(const model_config& config, const stage_options& options) {
   std::int32_t width = 0;
-  for (auto layer = options.first_layer; layer < options.end_layer; ++layer)
+  for (auto layer = options.first_layer; layer < end_loaded(options); ++layer)
     width = std::max(width, config.is_moe_layer(layer) ? config.shared_intermediate_size()
                                                        : config.intermediate_size);
   return width;
 }
 
 bool has_moe(const model_config& config, const stage_options& options) {
-  for (auto layer = options.first_layer; layer < options.end_layer; ++layer)
+  for (auto layer = options.first_layer; layer < end_loaded(options); ++layer)
     if (config.is_moe_layer(layer))
       return true;
   return false;
@@ -74,19 +79,27 @@ expected<std::unique_ptr<stage_model>> stage_model::load(std::shared_ptr<tensor_
     return fail(error_code::invalid_config,
                 fmt::format("a stage of {} rows is asked for", options.max_rows),
                 "give max_batch_tokens of at least 1");
+  if (options.max_drafts > 0 && (options.end_layer < config.num_layers || !config.num_mtp_layers))
+    return fail(error_code::invalid_config,
+                config.num_mtp_layers == 0
+                  ? "drafts are asked for, but the model has no MTP layer to make them"
+                  : "drafts are asked of a stage that is not the last",
+                "set serving.draft_tokens to 0");
+  const auto end_layer = end_loaded(options);
   std::unique_ptr<stage_model> stage(new stage_model(source, config, options, ops));
-  auto weights = load_trunk(stage->store_, config, options.first_layer, options.end_layer);
+  auto weights = load_trunk(stage->store_, config, options.first_layer, options.end_layer,
+                            options.max_drafts > 0);
   if (!weights)
     return tl::unexpected(std::move(weights.error()));
   stage->weights_ = std::move(*weights);
-  auto loaded = attention::load(stage->store_, config, options.first_layer, options.end_layer,
-                                options.max_rows, ops);
+  auto loaded =
+    attention::load(stage->store_, config, options.first_layer, end_layer, options.max_rows, ops);
   if (!loaded)
     return tl::unexpected(std::move(loaded.error()));
   stage->attention_ = std::move(*loaded);
   if (options.with_local_experts && has_moe(config, options)) {
-    auto experts = local_experts::load(std::move(source), config, options.first_layer,
-                                       options.end_layer, options.max_rows, ops);
+    auto experts = local_experts::load(std::move(source), config, options.first_layer, end_layer,
+                                       options.max_rows, ops);
     if (!experts)
       return tl::unexpected(std::move(experts.error()));
     stage->own_experts_ = std::move(*experts);
@@ -117,6 +130,10 @@ void stage_model::allocate_scratch() {
   }
   if (is_last())
     logits_ = row_buffer(ops_, kernels::element_type::f32, max_logit_rows(), c.vocab_size);
+  if (weights_.mtp) {
+    mtp_hidden_ = buffer(rows, c.hidden_size);
+    mtp_input_ = buffer(rows, 2 * c.hidden_size);
+  }
 }
 
 std::size_t stage_model::kv_bytes(std::int32_t num_pages, std::int32_t page_tokens) const {
@@ -201,25 +218,10 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
                   fmt::format("hidden rows that came for layer {} hold values that are not finite",
                               options_.first_layer));
   }
-  auto* exchange = input.experts != nullptr ? input.experts : own_experts_.get();
-  for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
-    const auto& layer = weights_.layers[i];
-    const auto local = static_cast<std::int32_t>(i);
-    const auto normed = normed_.view(num_rows);
-    const auto delta = delta_.view(num_rows);
-    ops_.rms_norm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
-    attention_->compute(local, normed, input.batch, pages_of(local), delta);
-    ops_.add(hidden, delta);
-    ops_.rms_norm(hidden, layer.post_attention_norm, config_.rms_norm_eps, normed);
-    if (layer.moe) {
-      auto ok = mix_experts(options_.first_layer + local, *layer.moe, *exchange, hidden);
-      if (!ok)
-        return tl::unexpected(std::move(ok.error()));
-    } else {
-      compute_mlp(*layer.mlp, normed, delta);
-      ops_.add(hidden, delta);
-    }
-  }
+  for (auto layer = options_.first_layer; layer < options_.end_layer; ++layer)
+    if (auto ok = compute_layer(layer - options_.first_layer, hidden, input.batch, input.experts);
+        !ok)
+      return tl::unexpected(std::move(ok.error()));
   if (input.spoil != nullptr) [[unlikely]]
     (*input.spoil)(hidden);
   if (options_.checks_finite && !ops_.all_finite(hidden))
@@ -229,6 +231,24 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
                 "weights or KV memory are damaged");
   num_rows_ = num_rows;
   return hidden;
+}
+
+expected<void> stage_model::compute_layer(std::int32_t local_layer, const rows_view& hidden,
+                                          const kernels::batch_view& batch,
+                                          expert_exchange* experts) {
+  const auto& layer = weights_.layers[local_layer];
+  const auto normed = normed_.view(hidden.num_rows);
+  const auto delta = delta_.view(hidden.num_rows);
+  ops_.rms_norm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
+  attention_->compute(local_layer, normed, batch, pages_of(local_layer), delta);
+  ops_.add(hidden, delta);
+  ops_.rms_norm(hidden, layer.post_attention_norm, config_.rms_norm_eps, normed);
+  if (layer.moe)
+    return mix_experts(options_.first_layer + local_layer, *layer.moe,
+                       experts != nullptr ? *experts : *own_experts_, hidden);
+  compute_mlp(*layer.mlp, normed, delta);
+  ops_.add(hidden, delta);
+  return {};
 }
 
 void stage_model::compute_mlp(const kernels::expert_weights& w, const rows_view& x,
@@ -270,6 +290,20 @@ std::int32_t stage_model::max_logit_rows() const {
   return std::min(options_.max_rows, kLogitRows);
 }
 
+/// out[i] = rms_norm(x[rows[i]]) * weight. Neighbouring rows in one call.
+void stage_model::norm_rows(const rows_view& x, std::span<const std::int32_t> rows,
+                            const float* weight, const rows_view& out) {
+  const auto count = static_cast<std::int32_t>(rows.size());
+  for (std::int32_t i = 0; i < count;) {
+    auto end = i + 1;
+    while (end < count && rows[end] == rows[end - 1] + 1)
+      ++end;
+    ops_.rms_norm(slice_rows(x, type_, rows[i], end - i), weight, config_.rms_norm_eps,
+                  slice_rows(out, type_, i, end - i));
+    i = end;
+  }
+}
+
 expected<rows_view> stage_model::logits(std::span<const std::int32_t> rows) {
   if (!is_last())
     return fail(error_code::internal, "logits were asked of a stage that is not the last");
@@ -284,15 +318,7 @@ expected<rows_view> stage_model::logits(std::span<const std::int32_t> rows) {
   const auto count = static_cast<std::int32_t>(rows.size());
   const auto hidden = hidden_.view(num_rows_);
   const auto normed = normed_.view(count);
-  // The norm gathers: neighbouring rows in one call.
-  for (std::int32_t i = 0; i < count;) {
-    auto end = i + 1;
-    while (end < count && rows[end] == rows[end - 1] + 1)
-      ++end;
-    ops_.rms_norm(slice_rows(hidden, type_, rows[i], end - i), weights_.final_norm,
-                  config_.rms_norm_eps, slice_rows(normed, type_, i, end - i));
-    i = end;
-  }
+  norm_rows(hidden, rows, weights_.final_norm, normed);
   const auto logits = logits_.view(count);
   if (count > 0)
     ops_.linear(normed, *weights_.head, logits);

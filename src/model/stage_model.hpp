@@ -26,6 +26,7 @@ struct stage_options {
   std::int32_t max_rows = 2048;   ///< rows of the largest micro-batch
   bool with_local_experts = true; ///< false: every forward pass is given an exchange
   bool checks_finite = true;      ///< false, for measuring: values may be anything
+  std::int32_t max_drafts = 0;    ///< last stage: tokens drafted at once; 0: no MTP layer is loaded
 };
 
 /// A micro-batch as one stage sees it. Arrays live as long as the call and are left as they are.
@@ -38,6 +39,26 @@ struct stage_input {
   const std::function<void(const kernels::rows_view&)>* spoil = nullptr;
 };
 
+/// A sequence whose next tokens are to be drafted.
+struct draft_chain {
+  std::int32_t row = 0;        ///< of the draft_input: the last of its sequence
+  std::int32_t num_drafts = 0; ///< at most stage_options::max_drafts
+  /// How a draft is drawn from what the MTP layer expects: as the model's own token will be, with
+  /// the same random number, so that they agree as often as they can. `position` is that of the
+  /// first draft.
+  kernels::sampling_params draw;
+};
+
+/// Rows of the last forward pass that stand, as the MTP layer sees them. It computes every row of
+/// every sequence once, since its own keys and values must be there for the rows behind.
+struct draft_input {
+  std::span<const std::int32_t> rows;   ///< of the forward pass, ascending
+  std::span<const std::int32_t> tokens; ///< [rows] the token behind each
+  kernels::batch_view batch;            ///< of these rows
+  std::span<const draft_chain> chains;
+  expert_exchange* experts = nullptr; ///< null: the stage's own
+};
+
 /// A run of layers of any model of the family: DeepSeek-V3 and R1 (technical report, arXiv
 /// 2412.19437, section 2; inference/model.py of its release), DeepSeek-V2 (arXiv 2405.04434), Llama
 /// and Qwen2.
@@ -48,7 +69,16 @@ struct stage_input {
 /// router (kernels::router_params, chosen by model_config::router). Layers for which
 /// model_config::is_moe_layer holds are mixtures of experts: scores, selection within the
 /// best groups, a weighted sum in ascending order of experts, plus the shared experts. All
-/// other layers have one MLP. The MTP layers behind the last are not loaded.
+/// other layers have one MLP.
+///
+/// The last stage may also have the first MTP layer, which drafts tokens (section 2.2 of the
+/// report): from the hidden state h of a row, behind the final norm, and the token t behind it,
+///
+///   x = layer(projection(concat(rms_norm(embedding[t]), rms_norm(h))))
+///   draft of the token behind t: head(rms_norm(x))
+///
+/// and further drafts from x in place of h and the draft in place of t, as EAGLE does (arXiv
+/// 2401.15077). It keeps its keys and values in pages like any other layer.
 ///
 /// Used by one thread at a time. Computing a micro-batch again writes the same bits.
 class stage_model {
@@ -66,7 +96,10 @@ public:
   const model_config& config() const { return config_; }
   const stage_options& options() const { return options_; }
 
-  /// Bytes of KV memory for this stage's layers.
+  /// Layers that keep keys and values: the stage's own and, where it drafts, the MTP layer.
+  std::int32_t num_kv_layers() const { return static_cast<std::int32_t>(weights_.layers.size()); }
+
+  /// Bytes of KV memory for these layers.
   std::size_t kv_bytes(std::int32_t num_pages, std::int32_t page_tokens) const;
 
   /// Gives the KV memory: one block of kv_bytes, [layers, num_pages, page_tokens,
@@ -82,6 +115,12 @@ public:
 
   /// Largest number of rows that `logits` takes at once.
   std::int32_t max_logit_rows() const;
+
+  /// Last stage with max_drafts, after a forward pass and before the next: the MTP layer for all
+  /// rows given, and drafts for the chains: out [chains, max_drafts], -1 behind the last one of a
+  /// chain. A chain ends early where its block table does. What is drafted decides only how
+  /// much the next step can verify. Errors: as `forward`.
+  expected<void> draft(const draft_input& input, std::span<std::int32_t> out);
 
   /// Last stage: logits [rows.size(), vocab], float32, of rows of the last forward pass, valid
   /// until the next call. Errors: internal for other rows or another stage.
@@ -100,7 +139,15 @@ private:
   void allocate_scratch();
   expected<void> check_input(const stage_input& input) const;
   expected<void> check_batch(const kernels::batch_view& batch) const;
+  expected<void> check_drafts(const draft_input& input, std::span<const std::int32_t> out) const;
   kv_pages pages_of(std::int32_t local_layer) const;
+  expected<void> compute_layer(std::int32_t local_layer, const kernels::rows_view& hidden,
+                               const kernels::batch_view& batch, expert_exchange* experts);
+  expected<void> compute_mtp(std::int32_t num_rows, std::span<const std::int32_t> tokens,
+                             const kernels::batch_view& batch, expert_exchange* experts);
+  void draw_drafts(const draft_input& input, std::int32_t depth, std::span<std::int32_t> out);
+  void norm_rows(const kernels::rows_view& x, std::span<const std::int32_t> rows,
+                 const float* weight, const kernels::rows_view& out);
   void compute_mlp(const kernels::expert_weights& w, const kernels::rows_view& x,
                    const kernels::rows_view& out);
   expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange& exchange,
@@ -128,10 +175,20 @@ private:
   row_buffer up_;                            // [widest MLP]
   row_buffer expert_out_;                    // [max_rows * top_k, hidden]
   row_buffer logits_;                        // [max_logit_rows, vocab], float32
+  row_buffer mtp_hidden_;                    // [hidden]
+  row_buffer mtp_input_;                     // [2 * hidden]: embedding, hidden
   std::vector<std::int32_t> routed_experts_; // [max_rows * top_k]
   std::vector<float> routed_weights_;        // [max_rows * top_k]
   std::vector<std::int32_t> expert_rows_;    // [max_rows * top_k]
   std::int32_t num_rows_ = 0;                ///< of the last forward pass that succeeded
+
+  /// The chains that still draft: rows of mtp_hidden_, and what the next one begins with.
+  struct draft_scratch {
+    std::vector<std::int32_t> chains, rows, tokens, positions, sequences;
+    std::vector<kernels::sampling_params> params;
+    std::vector<kernels::sampled_token> drawn;
+  };
+  draft_scratch drafting_;
 };
 
 } // namespace troupe::model

@@ -26,17 +26,28 @@ struct layer_weights {
   std::optional<moe_weights> moe;             ///< of a MoE layer
 };
 
+/// What joins the MTP layer to the model (DeepSeek-V3 technical report, section 2.2). Its
+/// embedding and its head are the model's own.
+struct mtp_weights {
+  const float* embedding_norm = nullptr; ///< [hidden]
+  const float* hidden_norm = nullptr;    ///< [hidden]
+  kernels::weight_matrix projection;     ///< [hidden, 2 * hidden]: of the embedding, of the hidden
+  const float* head_norm = nullptr;      ///< [hidden]
+};
+
 /// All weights of a run of layers but the attention and the routed experts.
 struct trunk_weights {
-  std::vector<layer_weights> layers;
-  std::optional<kernels::weight_matrix> embedding; ///< [vocab, hidden], with layer 0
+  std::vector<layer_weights> layers; ///< the MTP layer behind the others
+  std::optional<mtp_weights> mtp;
+  std::optional<kernels::weight_matrix> embedding; ///< [vocab, hidden], with layer 0 or MTP
   const float* final_norm = nullptr;               ///< [hidden], with the last layer
   std::optional<kernels::weight_matrix> head;      ///< [vocab, hidden], with the last layer
 };
 
-/// Loads layers [first_layer, end_layer). The store keeps what the result points to.
-/// Errors: invalid_model naming file and tensor; io_failed.
+/// Loads layers [first_layer, end_layer), and the first MTP layer if wanted. The store keeps what
+/// the result points to. Errors: invalid_model naming file and tensor; io_failed.
 expected<trunk_weights> load_trunk(weight_store& store, const model_config& config,
-                                   std::int32_t first_layer, std::int32_t end_layer);
+                                   std::int32_t first_layer, std::int32_t end_layer,
+                                   bool with_mtp = false);
 
 } // namespace troupe::model

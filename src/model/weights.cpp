@@ -88,8 +88,8 @@ void list_layer(const model_config& config, const model_part& part, std::int32_t
 
 } // namespace
 
-model_part whole_model(const model_config& config) {
-  return {0, config.num_layers, true, 0, config.num_experts};
+model_part whole_model(const model_config& config, bool with_mtp) {
+  return {0, config.num_layers, true, 0, config.num_experts, with_mtp && config.num_mtp_layers > 0};
 }
 
 std::vector<tensor_spec> list_tensors(const model_config& config, const model_part& part) {
@@ -97,7 +97,7 @@ std::vector<tensor_spec> list_tensors(const model_config& config, const model_pa
   const bool is_last =
     part.trunk && part.end_layer == config.num_layers && part.first_layer < part.end_layer;
   const bool is_first = part.trunk && part.first_layer == 0 && part.end_layer > 0;
-  if (is_first || (is_last && config.tie_word_embeddings))
+  if (is_first || (is_last && (config.tie_word_embeddings || part.mtp)))
     result.push_back({"model.embed_tokens.weight", config.vocab_size, config.hidden_size});
   for (auto layer = part.first_layer; layer < part.end_layer; ++layer)
     list_layer(config, part, layer, result);
@@ -105,6 +105,15 @@ std::vector<tensor_spec> list_tensors(const model_config& config, const model_pa
     result.push_back({"model.norm.weight", 0, config.hidden_size});
     if (!config.tie_word_embeddings)
       result.push_back({"lm_head.weight", config.vocab_size, config.hidden_size});
+  }
+  if (part.mtp)
+    list_layer(config, part, config.num_layers, result);
+  if (part.mtp && part.trunk) {
+    const auto layer = fmt::format("model.layers.{}.", config.num_layers);
+    result.push_back({layer + "enorm.weight", 0, config.hidden_size});
+    result.push_back({layer + "hnorm.weight", 0, config.hidden_size});
+    result.push_back({layer + "eh_proj.weight", config.hidden_size, 2 * config.hidden_size});
+    result.push_back({layer + "shared_head.norm.weight", 0, config.hidden_size});
   }
   return result;
 }

@@ -23,10 +23,11 @@ struct model_part {
   bool trunk = true; ///< all but routed experts; with layer 0 the embedding, with the last the head
   std::int32_t first_expert = 0; ///< routed experts of the MoE layers among the layers
   std::int32_t end_expert = 0;
+  bool mtp = false; ///< with the first MTP layer, which goes with the last layer
 };
 
-/// The whole model except its MTP layers.
-model_part whole_model(const model_config& config);
+/// The whole model, with its first MTP layer if it has one and `with_mtp`.
+model_part whole_model(const model_config& config, bool with_mtp = false);
 
 /// A tensor that a part needs. Vectors have num_rows 0.
 struct tensor_spec {

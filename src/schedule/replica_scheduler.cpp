@@ -43,6 +43,7 @@ struct replica_scheduler::state {
   std::uint32_t max_length = 0;
   std::uint64_t max_running = 0;
   std::uint64_t next_step = 1;
+  bool verifies_drafts = false; ///< in the micro-batch that is being made
 
   std::unordered_map<request_id, std::unique_ptr<sequence>> sequences;
   std::deque<sequence*> waiting;  ///< first come, first served; preempted ones return to the front
@@ -131,7 +132,7 @@ struct replica_scheduler::state {
   std::uint32_t num_promised() const {
     std::uint32_t sum = 0;
     for (const auto* s : running)
-      sum += pages_for(s->num_known()) - num_pages(*s);
+      sum += pages_for(s->num_known()) - std::min(num_pages(*s), pages_for(s->num_known()));
     return sum;
   }
 
@@ -148,7 +149,11 @@ struct replica_scheduler::state {
   bool add(flight& f, sequence& s) {
     const auto rows_left = lim.max_batch_tokens - static_cast<std::uint32_t>(f.batch.tokens.size());
     const auto wanted = std::min({s.num_remaining(), lim.prefill_chunk_tokens, rows_left});
-    const auto num_rows = grow(s, wanted);
+    const auto num_drafts =
+      verifies_drafts && wanted == s.num_remaining()
+        ? std::min(s.num_usable_drafts(), std::min(lim.prefill_chunk_tokens, rows_left) - wanted)
+        : 0;
+    const auto num_rows = grow(s, wanted + num_drafts);
     if (num_rows == 0)
       return false;
     sequence_slice slice;
@@ -156,7 +161,8 @@ struct replica_scheduler::state {
       slice = std::move(spare_slices.back());
       spare_slices.pop_back();
     }
-    s.write_slice(f.batch, std::move(slice), num_rows);
+    s.write_slice(f.batch, std::move(slice), num_rows, num_rows - std::min(num_rows, wanted),
+                  lim.draft_tokens);
     f.members.push_back(&s);
     s.where = phase::in_flight;
     return true;
@@ -228,10 +234,12 @@ struct replica_scheduler::state {
     in_flight.clear();
   }
 
-  /// Takes the answers to one slice. `s` may be gone afterwards.
-  void advance(sequence& s, const sequence_slice& slice, std::span<const output_row> rows,
-               std::span<const output_token> outputs) {
-    s.num_computed += slice.num_rows;
+  /// Takes the answers to one slice of `batch`. `s` may be gone afterwards.
+  void advance(sequence& s, const micro_batch& batch, const sequence_slice& slice,
+               std::span<const output_row> rows, std::span<const output_token> outputs,
+               std::span<const std::int32_t> drafts) {
+    s.num_computed += slice.num_rows - slice.num_drafts;
+    totals.num_drafted_tokens += slice.num_drafts;
     s.num_scored = std::max(s.num_scored, std::min(s.num_computed, s.num_prompt - 1));
     if (s.num_generated() == 0 && s.num_remaining() == 0)
       totals.num_prompt_tokens += s.num_prompt;
@@ -250,9 +258,19 @@ struct replica_scheduler::state {
       event.token_index = index;
       event.token = outputs[i];
       event.finish = finish;
-      if (is_prompt)
+      if (is_prompt) {
         event.token.token = rows[i].target;
+        continue;
+      }
+      // What follows was drawn behind a draft: it is right only if the draft was.
+      if (finish != finish_reason::none || i + 1 == rows.size()
+          || batch.tokens[static_cast<std::size_t>(rows[i + 1].row)] != outputs[i].token)
+        break;
+      ++s.num_computed;
+      ++totals.num_accepted_tokens;
     }
+    if (!rows.empty() && rows.back().target < 0)
+      s.drafts.assign(drafts.begin(), drafts.end());
     if (finish != finish_reason::none) {
       drop_running(s);
       forget(s);
@@ -333,6 +351,8 @@ const micro_batch* replica_scheduler::next() {
   const auto prefill_quota = ceil_div(num_prefills, num_slots);
 
   auto f = st.take_flight();
+  st.verifies_drafts =
+    std::uint64_t{decode_quota} * (1 + st.lim.draft_tokens) <= st.lim.max_batch_tokens;
   st.add_ready(*f, true, decode_quota);
   const auto num_added = st.add_ready(*f, false, prefill_quota);
   st.admit(*f, prefill_quota - num_added);
@@ -346,7 +366,8 @@ const micro_batch* replica_scheduler::next() {
 }
 
 expected<void> replica_scheduler::complete(std::uint64_t step,
-                                           std::span<const output_token> outputs) {
+                                           std::span<const output_token> outputs,
+                                           const draft_list& drafts) {
   auto& st = *state_;
   const auto it = std::find_if(st.in_flight.begin(), st.in_flight.end(),
                                [&](const auto& f) { return f->batch.step == step; });
@@ -357,11 +378,24 @@ expected<void> replica_scheduler::complete(std::uint64_t step,
     return fail(error_code::internal,
                 fmt::format("step {} has {} output rows, but {} answers came back", step,
                             rows.size(), outputs.size()));
+  std::size_t num_drafts = 0;
+  bool too_many = false;
+  for (const auto count : drafts.counts) {
+    num_drafts += count;
+    too_many = too_many || count > st.lim.draft_tokens;
+  }
+  if (too_many || num_drafts != drafts.tokens.size()
+      || (!drafts.counts.empty() && drafts.counts.size() != (*it)->members.size()))
+    return fail(error_code::internal,
+                fmt::format("step {} has {} slices, but {} drafts for {} came back", step,
+                            (*it)->members.size(), drafts.tokens.size(), drafts.counts.size()));
 
   auto f = std::move(*it);
   st.in_flight.erase(it);
   std::size_t first = 0;
+  std::size_t first_draft = 0;
   for (std::size_t i = 0; i < f->members.size(); ++i) {
+    const std::size_t num_of_slice = drafts.counts.empty() ? 0 : drafts.counts[i];
     auto last = first;
     while (last < rows.size() && rows[last].sequence == static_cast<std::int32_t>(i))
       ++last;
@@ -369,9 +403,11 @@ expected<void> replica_scheduler::complete(std::uint64_t step,
     if (s.where == phase::ended)
       st.forget(s);
     else
-      st.advance(s, f->batch.sequences[i], std::span(rows).subspan(first, last - first),
-                 outputs.subspan(first, last - first));
+      st.advance(s, f->batch, f->batch.sequences[i], std::span(rows).subspan(first, last - first),
+                 outputs.subspan(first, last - first),
+                 drafts.tokens.subspan(first_draft, num_of_slice));
     first = last;
+    first_draft += num_of_slice;
   }
   st.give_back(std::move(f));
   return {};

@@ -19,6 +19,8 @@ struct counters {
   std::uint64_t num_preemptions = 0;
   std::uint64_t num_prompt_tokens = 0;
   std::uint64_t num_generated_tokens = 0;
+  std::uint64_t num_drafted_tokens = 0;  ///< drafts that were verified
+  std::uint64_t num_accepted_tokens = 0; ///< of them, those that were right
 };
 
 /// Continuous batching for one replica, as a pure state machine: no clock, no threads, no
@@ -29,6 +31,9 @@ struct counters {
 /// - A sequence is in one micro-batch at a time. Sequences that can go are spread evenly over
 ///   the free slots of max_in_flight; within a micro-batch single rows (decodes) go first, then
 ///   prefill chunks. Who has waited longest for a step goes first.
+/// - With drafts, a decode has the rows of the drafts behind its own and may bring several tokens:
+///   those that would have been drawn without. They are left out where the micro-batch has no room
+///   for those of every sequence.
 /// - Where no page is free, the sequence admitted last gives up its pages and returns to the
 ///   head of the queue. Later its log is computed again, without events, and goes on.
 class replica_scheduler {
@@ -54,8 +59,10 @@ public:
 
   /// Takes the results of a step. Steps that are not in flight are ignored (a duplicate after a
   /// replay). `outputs` matches the outputs of the micro-batch one to one; otherwise returns
-  /// internal and nothing has changed.
-  expected<void> complete(std::uint64_t step, std::span<const output_token> outputs);
+  /// internal and nothing has changed. Outputs behind a draft that was wrong are left aside, and
+  /// `drafts` go into the next steps of their sequences.
+  expected<void> complete(std::uint64_t step, std::span<const output_token> outputs,
+                          const draft_list& drafts = {});
 
   /// The step could not be computed: ends its requests with `failed`. Steps that are not in
   /// flight are ignored.

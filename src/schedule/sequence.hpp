@@ -31,6 +31,7 @@ struct sequence {
 
   request what;                     ///< prompt and generated moved away
   std::vector<std::int32_t> tokens; ///< the token log: prompt, then what was generated
+  std::vector<std::int32_t> drafts; ///< guesses at the tokens behind the log
   std::vector<std::int32_t> pages;  ///< block table: page i holds positions from i * page_tokens
   std::uint32_t num_prompt = 0;     ///< tokens of the prompt
   std::uint32_t length_limit = 0;   ///< the log ends with `length` at this many tokens
@@ -60,9 +61,15 @@ struct sequence {
   /// Appends a drawn token to the log. Says if and how the request ends with it.
   finish_reason append(std::int32_t token);
 
+  /// Drafts that can go behind the next rows, if these reach the end of the log: no more than the
+  /// tokens that may still be drawn, less the one that is drawn anyway.
+  std::uint32_t num_usable_drafts() const;
+
   /// Adds the next `num_rows` positions to `batch` as a slice with its tokens and its output
-  /// rows. The pages must be there. `slice` is cleared first; its memory is used again.
-  void write_slice(micro_batch& batch, sequence_slice&& slice, std::uint32_t num_rows);
+  /// rows; the last `num_drafts` of them are drafts. The pages must be there. Up to `max_drafts`
+  /// are asked for, for the step after. `slice` is cleared first; its memory is used again.
+  void write_slice(micro_batch& batch, sequence_slice&& slice, std::uint32_t num_rows,
+                   std::uint32_t num_drafts = 0, std::uint32_t max_drafts = 0);
 };
 
 } // namespace troupe::schedule

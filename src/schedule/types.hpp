@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -40,8 +41,8 @@ struct request {
   time_point deadline = time_point::max(); ///< past it the request fails with deadline_exceeded
 };
 
-/// What the last stage has to do with one row's logits. A row that draws is the last one of
-/// its slice.
+/// What the last stage has to do with one row's logits. Rows that draw are the last one of their
+/// slice and, with drafts, as many before it.
 struct output_row {
   std::int32_t row = 0;      ///< row within the micro-batch
   std::int32_t sequence = 0; ///< index into micro_batch::sequences
@@ -52,7 +53,8 @@ struct output_row {
 };
 
 /// A run of consecutive positions of one sequence. Row i of the slice is position
-/// first_position + i; it reads the KV of every position up to its own and writes its own.
+/// first_position + i; it reads the KV of every position up to its own and writes its own. What the
+/// rows of wrong drafts write is written again by the next slice of the sequence.
 struct sequence_slice {
   request_id request = 0;
   std::uint32_t first_position = 0;
@@ -60,6 +62,9 @@ struct sequence_slice {
   std::vector<std::int32_t> pages; ///< block table up to the slice's last position
   sampling draw;
   std::vector<std::int32_t> stop_tokens; ///< only where an output row bans them
+  std::uint32_t num_drafts = 0;          ///< the last so many rows are drafts to be verified
+  std::uint32_t num_wanted = 0;          ///< drafts for the next step, at most
+  std::int32_t next_token = -1;          ///< behind the last row; -1: drawn in this step
 };
 
 /// A micro-batch: what every stage of the replica needs to know of one step.
@@ -76,6 +81,12 @@ struct output_token {
   float logprob = 0.0F;
   std::vector<std::int32_t> top_tokens;
   std::vector<float> top_logprobs;
+};
+
+/// Drafts that came with the answers to a step, for the next one. Empty where none are made.
+struct draft_list {
+  std::span<const std::uint32_t> counts; ///< one a slice of the micro-batch
+  std::span<const std::int32_t> tokens;  ///< of all slices, one behind the other
 };
 
 enum class finish_reason : std::uint8_t {
@@ -108,6 +119,7 @@ struct limits {
   std::uint32_t max_in_flight = 2;          ///< micro-batches, stages + 1
   std::uint32_t max_queued = 1024;          ///< requests waiting for admission
   std::uint32_t max_context = 2048;         ///< tokens of one sequence, prompt included
+  std::uint32_t draft_tokens = 0;           ///< drafts of a sequence in one step; may be none
 };
 
 } // namespace troupe::schedule

@@ -98,6 +98,16 @@ struct metrics::state {
       .Name("troupe_preemptions")
       .Help("Sequences that gave up their pages, since the start")
       .Register(registry);
+  prometheus::Family<prometheus::Gauge>& drafted =
+    BuildGauge()
+      .Name("troupe_drafted_tokens")
+      .Help("Tokens drafted by the MTP layer and verified, since the start")
+      .Register(registry);
+  prometheus::Family<prometheus::Gauge>& accepted =
+    BuildGauge()
+      .Name("troupe_accepted_tokens")
+      .Help("Drafted tokens that were right, since the start")
+      .Register(registry);
   prometheus::Family<prometheus::Gauge>& serving =
     BuildGauge()
       .Name("troupe_replica_serving")
@@ -134,6 +144,8 @@ void metrics::set_replica(std::uint32_t replica, const replica_gauges& gauges) {
   state_->free_pages.Add(labels).Set(gauges.free_pages);
   state_->in_flight.Add(labels).Set(gauges.in_flight);
   state_->preemptions.Add(labels).Set(static_cast<double>(gauges.preemptions));
+  state_->drafted.Add(labels).Set(static_cast<double>(gauges.drafted_tokens));
+  state_->accepted.Add(labels).Set(static_cast<double>(gauges.accepted_tokens));
   state_->serving.Add(labels).Set(gauges.serving ? 1 : 0);
 }
 

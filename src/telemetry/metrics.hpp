@@ -15,6 +15,8 @@ struct replica_gauges {
   std::uint32_t free_pages = 0;
   std::uint32_t in_flight = 0;
   std::uint64_t preemptions = 0;
+  std::uint64_t drafted_tokens = 0;
+  std::uint64_t accepted_tokens = 0;
   bool serving = false;
 };
 

@@ -19,7 +19,8 @@ namespace troupe::model::test {
 class grouped_experts final : public expert_exchange {
 public:
   grouped_experts(const std::shared_ptr<tensor_source>& source, const model_config& config,
-                  std::int32_t num_groups, std::int32_t max_rows, kernels::ops& ops)
+                  std::int32_t num_groups, std::int32_t max_rows, kernels::ops& ops,
+                  bool with_mtp = false)
     : ops_(ops),
       hidden_(config.hidden_size),
       sent_(ops, ops.activation_type(), max_rows, hidden_),
@@ -34,7 +35,7 @@ public:
     REQUIRE(plan);
     plan_ = std::make_unique<dispatch_plan>(std::move(*plan));
     for (const auto& range : ranges) {
-      auto group = expert_group_model::load(source, config, range, ops);
+      auto group = expert_group_model::load(source, config, range, ops, with_mtp);
       REQUIRE(group);
       groups_.push_back(std::move(*group));
     }
@@ -114,7 +115,8 @@ public:
   static constexpr std::int32_t page_tokens = 16;
 
   stage_pipeline(const std::string& directory, const layout& how, std::int32_t max_sequences,
-                 std::int32_t max_tokens, kernels::ops& ops, std::int32_t max_rows = 512)
+                 std::int32_t max_tokens, kernels::ops& ops, std::int32_t max_rows = 512,
+                 std::int32_t max_drafts = 0)
     : ops_(ops), pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
     auto config = load_model_config(directory);
     REQUIRE(config);
@@ -126,11 +128,13 @@ public:
       pages_[i] = i;
     std::shuffle(pages_.begin(), pages_.end(), std::mt19937(11));
     if (how.num_groups > 0)
-      exchange = std::make_unique<grouped_experts>(*source, *config, how.num_groups, max_rows, ops);
+      exchange = std::make_unique<grouped_experts>(*source, *config, how.num_groups, max_rows, ops,
+                                                   max_drafts > 0);
     std::int32_t first = 0;
     for (const auto end : how.stage_ends) {
-      auto stage =
-        stage_model::load(*source, *config, {first, end, max_rows, how.num_groups == 0}, ops);
+      stage_options options{first, end, max_rows, how.num_groups == 0};
+      options.max_drafts = end == config->num_layers ? max_drafts : 0;
+      auto stage = stage_model::load(*source, *config, options, ops);
       REQUIRE(stage);
       kv_.push_back(ops.allocate((*stage)->kv_bytes(num_pages, page_tokens)));
       (*stage)->attach_kv(kv_.back().get(), num_pages, page_tokens);
@@ -177,6 +181,22 @@ public:
     }
     return {};
   }
+
+  /// The MTP layer for rows of the last forward pass that stand.
+  expected<void> draft(std::span<const std::int32_t> rows, std::span<const std::int32_t> tokens,
+                       std::span<const draft_chain> chains, std::vector<std::int32_t>& out) {
+    std::vector<std::int32_t> positions, sequences;
+    for (const auto row : rows) {
+      positions.push_back(positions_.at(row));
+      sequences.push_back(sequences_.at(row));
+    }
+    out.resize(chains.size() * last().options().max_drafts);
+    return last().draft(
+      {rows, tokens, {positions, sequences, tables_, offsets_}, chains, exchange.get()}, out);
+  }
+
+  /// Tokens of the last forward pass, one a row.
+  std::span<const std::int32_t> tokens() const { return tokens_; }
 
   /// Logits [tokens, vocab] of one sequence, fed in chunks.
   std::vector<float> score(const std::vector<std::int32_t>& tokens, std::int32_t chunk,

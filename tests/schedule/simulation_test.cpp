@@ -32,6 +32,8 @@ public:
 
   std::uint64_t num_finished() const { return num_finished_; }
 
+  counters count() const { return scheduler_.count(); }
+
 private:
   struct life {
     request what;
@@ -54,6 +56,7 @@ private:
     l.max_in_flight = pick(1, 4);
     l.max_queued = pick(1, 8);
     l.max_context = pick(1, 40);
+    l.draft_tokens = pick(0, 1) * pick(0, 3);
     max_length_ = std::min(l.max_context, l.num_pages * l.page_tokens);
     return l;
   }
@@ -112,6 +115,8 @@ private:
       const auto idx = pick(0, static_cast<std::uint32_t>(answered_.size()) - 1);
       const auto& [step, outputs] = answered_[idx];
       ensure(scheduler_.complete(step, outputs).has_value(), "a duplicate is no error");
+      ensure(scheduler_.count().num_drafted_tokens == before.num_drafted_tokens,
+             "nor verifies drafts");
       const auto after = scheduler_.count();
       ensure(before.num_in_flight == after.num_in_flight
                && before.num_generated_tokens == after.num_generated_tokens,
@@ -143,10 +148,45 @@ private:
       return;
     const auto outputs = pipeline_.answers();
     const auto step = batch->step;
+    make_drafts(*batch);
     pipeline_.pop();
-    ensure(scheduler_.complete(step, outputs).has_value(), "the answers fit");
+    if (!draft_counts_.empty()) {
+      ++draft_counts_.back();
+      ensure(!scheduler_.complete(step, outputs, {draft_counts_, drafts_}), "drafts must fit");
+      --draft_counts_.back();
+    }
+    ensure(scheduler_.complete(step, outputs, {draft_counts_, drafts_}).has_value(),
+           "the answers fit");
     ensure(scheduler_.oldest_step() > step, "the step is complete");
     answered_.emplace_back(step, outputs);
+  }
+
+  /// What an MTP layer could come up with: some of what is wanted, some of it right.
+  void make_drafts(const micro_batch& batch) {
+    draft_counts_.clear();
+    drafts_.clear();
+    if (lim_.draft_tokens == 0)
+      return;
+    std::size_t end = 0;
+    for (const auto& slice : batch.sequences) {
+      end += slice.num_rows;
+      draft_counts_.push_back(pick(0, slice.num_wanted));
+      const auto it = lives_.find(slice.request);
+      const auto known = slice.first_position + slice.num_rows - slice.num_drafts;
+      std::uint32_t accepted = 0;
+      if (it != lives_.end())
+        while (accepted < slice.num_drafts && known + accepted < it->second.expected.log.size()
+               && batch.tokens[end - slice.num_drafts + accepted]
+                    == it->second.expected.log[known + accepted])
+          ++accepted;
+      for (std::uint32_t i = 0; i < draft_counts_.back(); ++i) {
+        const auto at = known + accepted + 1 + i;
+        const bool is_right =
+          it != lives_.end() && at < it->second.expected.log.size() && pick(0, 3) > 0;
+        drafts_.push_back(is_right ? it->second.expected.log[at]
+                                   : static_cast<std::int32_t>(pick(0, kVocabulary - 1)));
+      }
+    }
   }
 
   bool send() {
@@ -176,13 +216,27 @@ private:
       ensure(it != lives_.end(), "nothing is computed for a request that has ended");
       const auto& l = it->second;
       const auto end = slice.first_position + slice.num_rows;
+      const auto known = end - slice.num_drafts;
+      const auto num_known = l.what.prompt.size() + l.num_tokens;
       ensure(slice.num_rows > 0 && slice.num_rows <= lim_.prefill_chunk_tokens, "chunk");
-      ensure(end <= l.what.prompt.size() + l.num_tokens, "only tokens that are known");
-      ensure(std::equal(batch.tokens.begin() + row, batch.tokens.begin() + row + slice.num_rows,
+      ensure(known <= num_known && known > slice.first_position, "only tokens that are known");
+      ensure(slice.num_drafts == 0 || known == num_known, "drafts stand behind the log");
+      ensure(slice.num_drafts <= lim_.draft_tokens && slice.num_wanted <= lim_.draft_tokens,
+             "bounded number of drafts");
+      ensure(end < max_length_ + (slice.num_drafts == 0 ? 1 : 0),
+             "a token can be drawn behind every draft");
+      ensure(std::equal(batch.tokens.begin() + row,
+                        batch.tokens.begin() + row + (known - slice.first_position),
                         l.expected.log.begin() + slice.first_position),
              "the rows are those of the log");
-      ensure(slice.pages.size() == (end + lim_.page_tokens - 1) / lim_.page_tokens,
-             "the block table covers the slice, no more");
+      ensure(slice.next_token == (known < num_known ? l.expected.log[known] : -1),
+             "the token behind the rows is the log's");
+      const auto pages_for = [&](std::uint32_t n) {
+        return (n + lim_.page_tokens - 1) / lim_.page_tokens;
+      };
+      ensure(slice.pages.size() >= pages_for(end)
+               && slice.pages.size() <= pages_for(known + lim_.draft_tokens),
+             "the block table covers the slice, and no more than drafts need");
       row += slice.num_rows;
     }
     ensure(row == batch.tokens.size(), "the slices cover the rows");
@@ -290,21 +344,30 @@ private:
   request_id last_id_ = 0;
   std::uint64_t last_step_ = 0;
   std::uint64_t num_finished_ = 0;
+  std::vector<std::uint32_t> draft_counts_;
+  std::vector<std::int32_t> drafts_;
 };
 
 TEST_CASE("any schedule gives every request the tokens that it gets alone") {
   std::uint64_t num_preemptions = 0;
   std::uint64_t num_finished = 0;
+  std::uint64_t num_drafted = 0;
+  std::uint64_t num_accepted = 0;
   for (std::uint64_t seed = 1; seed <= 6000; ++seed) {
     INFO("seed " << seed);
     world w{seed};
     w.run();
     num_preemptions += w.num_preemptions();
     num_finished += w.num_finished();
+    num_drafted += w.count().num_drafted_tokens;
+    num_accepted += w.count().num_accepted_tokens;
   }
   INFO(num_preemptions << " preemptions, " << num_finished << " requests finished");
   CHECK(num_preemptions > 4000);
   CHECK(num_finished > 30000);
+  INFO(num_accepted << " of " << num_drafted << " drafts accepted");
+  CHECK(num_drafted > 10000);
+  CHECK(num_accepted > num_drafted / 4);
 }
 
 TEST_CASE("under constant load every request ends, in about the order of arrival") {
