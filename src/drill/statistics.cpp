@@ -59,6 +59,11 @@ double histogram::percentile(double p) const {
   return max_;
 }
 
+std::span<const double> settled(const process_series& whose, const std::vector<double>& series) {
+  constexpr std::size_t warm_up = 60;
+  return std::span(series).subspan(whose.pid == 0 ? 0 : std::min(warm_up, series.size()));
+}
+
 std::optional<double> growth(std::span<const double> series) {
   if (series.size() < 20)
     return std::nullopt;

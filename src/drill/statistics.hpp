@@ -42,13 +42,18 @@ private:
 /// fixed at launch, and come into the resident set as they are touched.
 struct process_series {
   std::string name;
-  int pid = 0;
+  int pid = 0; ///< 0: all processes of the cluster together
   std::vector<double> private_kib;
   std::vector<double> fds;
 };
 
-/// How much a series has grown between its second quarter (what comes before is warming up) and
-/// its last, by medians; nothing for fewer than 20 samples.
+/// How much a series has grown between its second quarter and its last, by medians; nothing for
+/// fewer than 20 samples.
 std::optional<double> growth(std::span<const double> series);
+
+/// The part of a series that growth is judged by. A process warms up: it keeps buffers of every
+/// size that it has come to need, up to a bound, so its first samples are left out. One that is
+/// replaced before shows in the sum over all processes, which keeps its samples.
+std::span<const double> settled(const process_series& whose, const std::vector<double>& series);
 
 } // namespace troupe::drill

@@ -279,20 +279,45 @@ TEST_CASE("the verdict finds what a client lost and what was left behind") {
 
 TEST_CASE("the verdict finds growth of processes") {
   auto o = one_drill();
-  process_series s{"frontend", 7, {}, {}};
-  for (int i = 0; i < 20; ++i) {
-    s.private_kib.push_back(100'000 + i);
-    s.fds.push_back(50);
+  // A frontend that warms up for a minute and then stays as it is, and the whole cluster.
+  process_series s{"frontend", 7, {}, {}}, all{"all processes together", 0, {}, {}};
+  for (int i = 0; i < 100; ++i) {
+    s.private_kib.push_back(std::min(i, 50) * 2'000.0 + i);
+    s.fds.push_back(50 + std::min(i, 30));
   }
-  o.processes = {s};
-  CHECK(holds(judge(o), "flat"));
-  for (std::size_t i = 0; i < 20; ++i)
-    o.processes[0].fds[i] = 50 + static_cast<double>(i);
-  CHECK_FALSE(holds(judge(o), "flat"));
-  o.processes = {s};
-  for (std::size_t i = 0; i < 20; ++i)
-    o.processes[0].private_kib[i] = 100'000 + 5'000 * static_cast<double>(i);
-  CHECK_FALSE(holds(judge(o), "flat"));
+  for (int i = 0; i < 20; ++i) {
+    all.private_kib.push_back(400'000 + 100 * i);
+    all.fds.push_back(500);
+  }
+  const auto judged = [&](auto&& change) {
+    o.processes = {all, s};
+    change(o.processes);
+    return holds(judge(o), "flat");
+  };
+  CHECK(judged([](auto&) {}));
+  CHECK_FALSE(judged([](auto& p) {
+    for (std::size_t i = 0; i < 100; ++i)
+      p[1].fds[i] = 50 + static_cast<double>(i);
+  }));
+  CHECK_FALSE(judged([](auto& p) {
+    for (std::size_t i = 0; i < 100; ++i)
+      p[1].private_kib[i] = 100'000 + 2'000 * static_cast<double>(i);
+  }));
+  CHECK_FALSE(judged([](auto& p) {
+    for (std::size_t i = 0; i < 20; ++i)
+      p[0].private_kib[i] = 400'000 + 8'000 * static_cast<double>(i);
+  }));
+  CHECK_FALSE(judged([](auto& p) {
+    for (std::size_t i = 0; i < 20; ++i)
+      p[0].fds[i] = 500 + 5 * static_cast<double>(i);
+  }));
+  // A process of an age at which it still warms up says nothing.
+  CHECK(judged([](auto& p) {
+    p[1].private_kib.resize(70);
+    p[1].fds.resize(70);
+    for (std::size_t i = 0; i < 70; ++i)
+      p[1].private_kib[i] = 100'000 + 2'000 * static_cast<double>(i);
+  }));
 }
 
 TEST_CASE("rows gather the figures of one kind of fault") {

@@ -41,3 +41,28 @@ TEST_CASE("local.yaml gives the golden tokens") {
 TEST_CASE("two-nodes.yaml gives the golden tokens") {
   check_config("two-nodes.yaml");
 }
+
+TEST_CASE("fast numerics give the golden tokens") {
+  for (const char* config : {"single.yaml", "local.yaml"}) {
+    cluster c(config, {"model.numerics=fast"});
+    auto crowd = run_golden_crowd(c.endpoint());
+    INFO(config << ":\n" << lines(crowd));
+    CHECK(crowd.empty());
+    c.end();
+  }
+}
+
+TEST_CASE("drafted tokens leave the golden tokens as they are") {
+  for (const char* config : {"single.yaml", "local.yaml", "one-pipeline-two-nodes.yaml"}) {
+    cluster c(config, {"serving.draft_tokens=2", "serving.prefill_chunk_tokens=40"});
+    auto crowd = run_golden_crowd(c.endpoint());
+    INFO(config << ":\n" << lines(crowd));
+    CHECK(crowd.empty());
+    auto drafted = c.metric("troupe_drafted_tokens");
+    auto accepted = c.metric("troupe_accepted_tokens");
+    INFO(accepted << " of " << drafted << " accepted");
+    CHECK(drafted > 1000);
+    CHECK(accepted > 0.6 * drafted);
+    c.end();
+  }
+}

@@ -120,6 +120,25 @@ TEST_CASE("each worker may be killed 20 times in a row, and no client sees more 
   c.end();
 }
 
+TEST_CASE("workers that draft tokens may be killed as any other") {
+  cluster c("local.yaml", {"recovery.max_restarts=1000", "serving.draft_tokens=2"});
+  std::mt19937 random(20261122);
+  golden_load load(c.endpoint());
+  pause(random, 500, 500);
+  std::vector<blow> blows;
+  auto status = c.wait_settled();
+  for (int i = 0; i < 3; ++i) {
+    for (const auto& name : c.worker_names()) {
+      pause(random, 50, 350);
+      blows.push_back(kill_worker(status, name));
+      status = c.wait_settled(blows.size());
+    }
+  }
+  check_load(load);
+  check_records(status, 0, blows);
+  c.end();
+}
+
 TEST_CASE("a worker that crashes is recovered like one that is killed") {
   cluster c("local.yaml", many_restarts);
   golden_load load(c.endpoint(), 2);

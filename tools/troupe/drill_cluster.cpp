@@ -299,6 +299,9 @@ std::vector<int> cluster::pids() const {
 }
 
 void cluster::sample() {
+  if (series_.empty())
+    series_.push_back({"all processes together", 0, {}, {}});
+  double all_kib = 0, all_fds = 0;
   for (int pid : pids()) {
     auto known = std::ranges::find(series_, pid, &drill::process_series::pid);
     if (known == series_.end()) {
@@ -307,7 +310,11 @@ void cluster::sample() {
     }
     known->private_kib.push_back(private_kib(pid));
     known->fds.push_back(descriptors_of(pid));
+    all_kib += known->private_kib.back();
+    all_fds += known->fds.back();
   }
+  series_.front().private_kib.push_back(all_kib);
+  series_.front().fds.push_back(all_fds);
 }
 
 std::vector<drill::process_series> cluster::series() const {
