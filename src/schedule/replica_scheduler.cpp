@@ -25,6 +25,7 @@ struct replica_scheduler::state {
   struct flight {
     micro_batch batch;
     std::vector<sequence*> members;
+    bool has_decodes = false;
   };
 
   explicit state(limits l) : lim(l), pool(l.num_pages) {
@@ -334,9 +335,11 @@ const micro_batch* replica_scheduler::next() {
   if (num_in_flight == st.lim.max_in_flight || (st.ready.empty() && st.waiting.empty()))
     return nullptr;
 
-  // Every free slot gets its part of what can go now, so that all stages have work. No slot gets
-  // more decodes than its part of all of them, also where others are in flight: otherwise those
-  // that once met in one micro-batch would stay together and leave stages idle.
+  // Every free slot gets its part of what can go now, so that all stages have work. Decodes go in
+  // as few micro-batches as there are stages, since the fewer rows one has, the more reading the
+  // weights costs each row; the slot beyond is for prefills. No micro-batch gets more
+  // decodes than its part of all of them, also where others are in flight: otherwise those that
+  // once met in one would stay together and leave stages idle.
   const auto num_slots = st.lim.max_in_flight - num_in_flight;
   std::uint32_t num_decodes = 0;
   std::uint32_t num_ready_decodes = 0;
@@ -346,14 +349,18 @@ const micro_batch* replica_scheduler::next() {
   }
   const auto num_prefills =
     static_cast<std::uint32_t>(st.ready.size() + st.waiting.size()) - num_ready_decodes;
-  const auto decode_quota =
-    std::min(ceil_div(num_ready_decodes, num_slots), ceil_div(num_decodes, st.lim.max_in_flight));
+  const auto num_decode_slots = std::max(st.lim.max_in_flight, 2U) - 1;
+  const auto num_decoding =
+    std::count_if(st.in_flight.begin(), st.in_flight.end(), [](auto& f) { return f->has_decodes; });
+  const auto decode_quota = static_cast<std::uint32_t>(num_decoding) < num_decode_slots
+                              ? ceil_div(num_decodes, num_decode_slots)
+                              : 0;
   const auto prefill_quota = ceil_div(num_prefills, num_slots);
 
   auto f = st.take_flight();
   st.verifies_drafts =
     std::uint64_t{decode_quota} * (1 + st.lim.draft_tokens) <= st.lim.max_batch_tokens;
-  st.add_ready(*f, true, decode_quota);
+  f->has_decodes = st.add_ready(*f, true, decode_quota) > 0;
   const auto num_added = st.add_ready(*f, false, prefill_quota);
   st.admit(*f, prefill_quota - num_added);
   std::erase_if(st.ready, [](const sequence* s) { return s->where != phase::ready; });

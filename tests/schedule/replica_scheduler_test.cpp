@@ -286,9 +286,12 @@ TEST_CASE("sequences are spread evenly over the free slots") {
     return n;
   };
   start_decodes(s, 1, 7);
-  CHECK(sizes() == std::vector<std::size_t>{3, 2, 2});
+  // Two stages: decodes go in two micro-batches, the third slot is for prefills.
+  CHECK(sizes() == std::vector<std::size_t>{4, 3});
+  REQUIRE(s.submit(make_request(8, 2, 100)));
+  CHECK(sizes() == std::vector<std::size_t>{1});
 
-  // One slot is free, three sequences that met in it and three more that come: they part again.
+  // Prefills take all free slots. Once they decode, those that met in one part again.
   replica_scheduler other{l};
   start_decodes(other, 1, 1);
   const auto* lone = other.next();
@@ -301,11 +304,15 @@ TEST_CASE("sequences are spread evenly over the free slots") {
   CHECK(third->sequences.size() == 2);
   answer(other, *second);
   answer(other, *third);
-  CHECK(other.next()->sequences.size() == 2);
-  CHECK(other.next()->sequences.size() == 2);
+  const auto* fourth = other.next();
+  REQUIRE(fourth != nullptr);
+  CHECK(fourth->sequences.size() == 3);
+  CHECK(other.next() == nullptr); // a third of decodes would be one too many
   answer(other, *lone);
-  CHECK(other.next()->sequences.size() == 2);
-  CHECK(other.count().num_in_flight == 3);
+  fourth = other.next();
+  REQUIRE(fourth != nullptr);
+  CHECK(fourth->sequences.size() == 3);
+  CHECK(other.count().num_in_flight == 2);
 }
 
 TEST_CASE("whoever has waited longest for a step goes first") {
@@ -455,7 +462,7 @@ TEST_CASE("pages of a cancelled request are free at once or when its micro-batch
 
 TEST_CASE("complete ignores steps not in flight and refuses a wrong number of answers") {
   auto l = roomy();
-  l.max_in_flight = 2;
+  l.max_in_flight = 3;
   replica_scheduler s{l};
   CHECK(s.oldest_step() == 1);
   start_decodes(s, 1, 2);
