@@ -31,6 +31,7 @@ schedule::limits limits_of(const proto::ClusterPlan& plan) {
   result.max_batch_sequences = plan.max_batch_sequences();
   result.prefill_chunk_tokens = plan.prefill_chunk_tokens();
   result.max_in_flight = plan.num_stages() + 1;
+  result.max_decoding = std::clamp(plan.decode_micro_batches(), 1U, result.max_in_flight);
   result.max_queued = plan.max_queue();
   result.max_context = plan.max_context();
   result.draft_tokens = plan.draft_tokens();

@@ -21,8 +21,9 @@ struct loader {
   const proto::ClusterPlan& plan() const { return assignment.plan(); }
 
   /// The kernels count their progress in the activity, so it lives as long as they do.
-  std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse) const {
-    auto threads = std::max<std::uint32_t>(1, plan().compute_threads());
+  std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse,
+                                         std::uint32_t threads) const {
+    threads = std::max<std::uint32_t>(1, threads);
     auto mode = plan().fast_numerics() ? kernels::numerics::fast : kernels::numerics::exact;
     auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter(), mode);
     return {made.release(), [pulse](kernels::ops* owned) { delete owned; }};
@@ -53,7 +54,7 @@ struct loader {
     if (!pulsing)
       return tl::unexpected(pulsing.error());
     s.pulse = std::move(*pulsing);
-    s.ops = make_ops(s.pulse);
+    s.ops = make_ops(s.pulse, plan().compute_threads());
     model::stage_options options;
     options.first_layer = static_cast<std::int32_t>(actor.first_layer());
     options.end_layer = static_cast<std::int32_t>(actor.end_layer());
@@ -113,7 +114,7 @@ struct loader {
     if (!pulsing)
       return tl::unexpected(pulsing.error());
     g.pulse = std::move(*pulsing);
-    g.ops = make_ops(g.pulse);
+    g.ops = make_ops(g.pulse, plan().expert_threads());
     model::expert_range range{static_cast<std::int32_t>(actor.first_expert()),
                               static_cast<std::int32_t>(actor.end_expert())};
     auto experts =

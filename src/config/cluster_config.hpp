@@ -71,7 +71,7 @@ struct serving_settings {
   std::uint32_t max_context = 0;            ///< positions of one sequence; 0: what the model allows
   std::uint32_t request_timeout_s = 600;
   std::uint32_t retain_s = 300;   ///< how long an answer can be fetched again
-  std::uint32_t threads = 0;      ///< compute threads a worker; 0: cores / workers
+  std::uint32_t threads = 0;      ///< compute threads a worker; 0: its share of the cores
   std::uint32_t draft_tokens = 0; ///< that the model's MTP layer drafts for a sequence in a step
 };
 

@@ -31,7 +31,7 @@ struct replica_scheduler::state {
   explicit state(limits l) : lim(l), pool(l.num_pages) {
     assert(lim.num_pages > 0 && lim.page_tokens > 0 && lim.max_batch_tokens > 0
            && lim.max_batch_sequences > 0 && lim.prefill_chunk_tokens > 0 && lim.max_in_flight > 0
-           && lim.max_context > 0);
+           && lim.max_decoding > 0 && lim.max_context > 0);
     const auto capacity = std::uint64_t{lim.num_pages} * lim.page_tokens;
     max_length = static_cast<std::uint32_t>(std::min<std::uint64_t>(lim.max_context, capacity));
     // More running sequences than decode rows in all slots could only wait for one another.
@@ -336,8 +336,8 @@ const micro_batch* replica_scheduler::next() {
     return nullptr;
 
   // Every free slot gets its part of what can go now, so that all stages have work. Decodes go in
-  // as few micro-batches as there are stages, since the fewer rows one has, the more reading the
-  // weights costs each row; the slot beyond is for prefills. No micro-batch gets more
+  // no more micro-batches than can be computed at once, since the fewer rows one has, the more
+  // reading the weights costs each row; slots beyond are for prefills. No micro-batch gets more
   // decodes than its part of all of them, also where others are in flight: otherwise those that
   // once met in one would stay together and leave stages idle.
   const auto num_slots = st.lim.max_in_flight - num_in_flight;
@@ -349,11 +349,10 @@ const micro_batch* replica_scheduler::next() {
   }
   const auto num_prefills =
     static_cast<std::uint32_t>(st.ready.size() + st.waiting.size()) - num_ready_decodes;
-  const auto num_decode_slots = std::max(st.lim.max_in_flight, 2U) - 1;
   const auto num_decoding =
     std::count_if(st.in_flight.begin(), st.in_flight.end(), [](auto& f) { return f->has_decodes; });
-  const auto decode_quota = static_cast<std::uint32_t>(num_decoding) < num_decode_slots
-                              ? ceil_div(num_decodes, num_decode_slots)
+  const auto decode_quota = static_cast<std::uint32_t>(num_decoding) < st.lim.max_decoding
+                              ? ceil_div(num_decodes, st.lim.max_decoding)
                               : 0;
   const auto prefill_quota = ceil_div(num_prefills, num_slots);
 

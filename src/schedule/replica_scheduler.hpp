@@ -29,8 +29,9 @@ struct counters {
 ///
 /// - Requests are admitted in the order of their arrival, as pages become free.
 /// - A sequence is in one micro-batch at a time. Sequences that can go are spread evenly over
-///   the free slots of max_in_flight, decodes over one less; within a micro-batch single rows
-///   (decodes) go first, then prefill chunks. Who has waited longest for a step goes first.
+///   the free slots of max_in_flight, decodes over max_decoding of them; within a micro-batch
+///   single rows (decodes) go first, then prefill chunks. Who has waited longest for a step goes
+///   first.
 /// - With drafts, a decode has the rows of the drafts behind its own and may bring several tokens:
 ///   those that would have been drawn without. They are left out where the micro-batch has no room
 ///   for those of every sequence.

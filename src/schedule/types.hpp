@@ -117,9 +117,11 @@ struct limits {
   std::uint32_t max_batch_sequences = 256;  ///< sequences of one micro-batch
   std::uint32_t prefill_chunk_tokens = 512; ///< rows of one sequence in one micro-batch
   std::uint32_t max_in_flight = 2;          ///< micro-batches, stages + 1
-  std::uint32_t max_queued = 1024;          ///< requests waiting for admission
-  std::uint32_t max_context = 2048;         ///< tokens of one sequence, prompt included
-  std::uint32_t draft_tokens = 0;           ///< drafts of a sequence in one step; may be none
+  std::uint32_t max_decoding = 1;   ///< of them, those with decodes: stages that can compute
+                                    ///< at the same time
+  std::uint32_t max_queued = 1024;  ///< requests waiting for admission
+  std::uint32_t max_context = 2048; ///< tokens of one sequence, prompt included
+  std::uint32_t draft_tokens = 0;   ///< drafts of a sequence in one step; may be none
 };
 
 } // namespace troupe::schedule

@@ -36,6 +36,7 @@ TEST_CASE("a step takes its memory from earlier steps") {
   limits l;
   l.num_pages = 100'000;
   l.max_in_flight = 3;
+  l.max_decoding = 3;
   l.max_context = 4096;
   replica_scheduler s{l};
   for (request_id id = 1; id <= 300; ++id) {

@@ -278,6 +278,7 @@ TEST_CASE("the limits of a micro-batch hold and decodes go first") {
 TEST_CASE("sequences are spread evenly over the free slots") {
   auto l = roomy();
   l.max_in_flight = 3;
+  l.max_decoding = 2;
   replica_scheduler s{l};
   const auto sizes = [&] {
     std::vector<std::size_t> n;
@@ -286,7 +287,7 @@ TEST_CASE("sequences are spread evenly over the free slots") {
     return n;
   };
   start_decodes(s, 1, 7);
-  // Two stages: decodes go in two micro-batches, the third slot is for prefills.
+  // Decodes go in two micro-batches, the third slot is for prefills.
   CHECK(sizes() == std::vector<std::size_t>{4, 3});
   REQUIRE(s.submit(make_request(8, 2, 100)));
   CHECK(sizes() == std::vector<std::size_t>{1});
@@ -462,7 +463,8 @@ TEST_CASE("pages of a cancelled request are free at once or when its micro-batch
 
 TEST_CASE("complete ignores steps not in flight and refuses a wrong number of answers") {
   auto l = roomy();
-  l.max_in_flight = 3;
+  l.max_in_flight = 2;
+  l.max_decoding = 2;
   replica_scheduler s{l};
   CHECK(s.oldest_step() == 1);
   start_decodes(s, 1, 2);

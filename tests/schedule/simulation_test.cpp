@@ -54,6 +54,7 @@ private:
     l.max_batch_sequences = pick(1, 6);
     l.prefill_chunk_tokens = pick(1, 9);
     l.max_in_flight = pick(1, 4);
+    l.max_decoding = pick(1, l.max_in_flight);
     l.max_queued = pick(1, 8);
     l.max_context = pick(1, 40);
     l.draft_tokens = pick(0, 1) * pick(0, 3);
