@@ -207,7 +207,7 @@ membership::effects membership::node_hello(const proto::NodeHello& hello, time_p
                  : now;
   w.connected = true;
   w.heard = now;
-  w.num_changes = 0;
+  w.num_changes = hello.num_changes();
   w.num_behind = 0;
   w.grace = std::chrono::milliseconds(plan_.node_grace_ms());
   w.detector.reset();

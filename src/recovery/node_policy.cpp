@@ -64,7 +64,7 @@ void node_policy::say_hello(effects& out) {
   add_standbys(*hello.mutable_standbys());
   for (const auto& [name, w] : workers_)
     *hello.add_workers() = w.view;
-  num_changes_ = 0;
+  hello.set_num_changes(++num_changes_);
   out.emplace_back(std::move(hello));
 }
 
