@@ -57,8 +57,10 @@ void gateway::serve_completion(http_call& call, bool chat) {
                                          .value()));
   seed_state_ = seed_state_ * 6364136223846793005U + 1442695040888963407U; // Knuth's MMIX generator
   auto seed = seed_state_ >> 16U;
-  auto parsed = chat ? http::parse_chat_request(call.request.body, options_.served, seed)
-                     : http::parse_text_request(call.request.body, options_.served, seed);
+  auto created_ms = unix_milliseconds();
+  auto parsed =
+    chat ? http::parse_chat_request(call.request.body, options_.served, seed, created_ms / 1000)
+         : http::parse_text_request(call.request.body, options_.served, seed);
   if (!parsed)
     return refuse(call, route, http::error_response(parsed.error()));
   auto arrived = current_time();
@@ -70,7 +72,7 @@ void gateway::serve_completion(http_call& call, bool chat) {
   accepted.chat = chat;
   accepted.body = std::move(call.request.body);
   accepted.seed = seed;
-  accepted.created_ms = unix_milliseconds();
+  accepted.created_ms = created_ms;
   accepted.deadline_ms = accepted.created_ms + std::int64_t{1000} * plan_.request_timeout_s();
   accepted.first_request = next_request_;
   accepted.num_choices = static_cast<std::uint32_t>(requests.size());

@@ -51,7 +51,8 @@ std::optional<std::uint64_t> call_of_answer(std::string_view id) {
 
 answered<response_builder> rebuild(const schedule::logged_call& call, const serving_model& served,
                                    std::optional<bool> stream) {
-  auto parsed = call.what.chat ? parse_chat_request(call.what.body, served, call.what.seed)
+  auto parsed = call.what.chat ? parse_chat_request(call.what.body, served, call.what.seed,
+                                                    call.what.created_ms / 1000)
                                : parse_text_request(call.what.body, served, call.what.seed);
   if (!parsed)
     return tl::unexpected<refusal>(parsed.error());

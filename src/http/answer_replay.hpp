@@ -24,7 +24,8 @@ std::string answer_id(std::uint64_t call);
 /// The call that an id names, with or without what stands before it; nothing if it is none.
 std::optional<std::uint64_t> call_of_answer(std::string_view id);
 
-/// Reads the body of a logged call again, with the same seed. `stream` overrides the body's.
+/// Reads the body of a logged call again, with the same seed and at the same time. `stream`
+/// overrides the body's.
 answered<response_builder> rebuild(const schedule::logged_call& call, const serving_model& served,
                                    std::optional<bool> stream = {});
 

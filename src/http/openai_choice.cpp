@@ -18,6 +18,36 @@ void append_reasoning(std::string& out, std::string_view reasoning) {
   append_json_string(out, reasoning);
 }
 
+void append_call_id(std::string& out, const choice_content& c, const tool_call& call) {
+  out += R"("id":)";
+  append_json_string(out, fmt::format("{}{}", c.call_prefix, call.index));
+  out += R"(,"type":"function",)";
+}
+
+/// A list of calls, whole or, in a delta, what is new of them.
+void append_calls(std::string& out, const choice_content& c, bool delta) {
+  out += R"("tool_calls":[)";
+  for (const tool_call& call : c.calls) {
+    if (&call != &c.calls.front())
+      out += ',';
+    out += '{';
+    if (delta)
+      fmt::format_to(std::back_inserter(out), R"("index":{},)", call.index);
+    if (!call.name.empty()) {
+      append_call_id(out, c, call);
+      out += R"("function":{"name":)";
+      append_json_string(out, call.name);
+      out += ',';
+    } else {
+      out += R"("function":{)";
+    }
+    out += R"("arguments":)";
+    append_json_string(out, call.arguments);
+    out += "}}";
+  }
+  out += ']';
+}
+
 void append_delta(std::string& out, const choice_content& c) {
   out += R"("delta":{)";
   if (c.with_role)
@@ -31,18 +61,28 @@ void append_delta(std::string& out, const choice_content& c) {
       out += ',';
     append_reasoning(out, c.reasoning);
   }
+  if (!c.calls.empty()) {
+    if (out.back() != '{')
+      out += ',';
+    append_calls(out, c, true);
+  }
   out += '}';
 }
 
 void append_message(std::string& out, const choice_content& c) {
   out += R"("message":{"role":"assistant","content":)";
-  append_json_string(out, c.text);
+  if (c.text.empty() && !c.calls.empty())
+    out += "null";
+  else
+    append_json_string(out, c.text);
   out += R"(,"refusal":null,)";
   if (c.reasoning.empty())
     out += R"("reasoning":null,"reasoning_content":null)";
   else
     append_reasoning(out, c.reasoning);
-  out += R"(,"tool_calls":[]})";
+  out += ',';
+  append_calls(out, c, false);
+  out += '}';
 }
 
 } // namespace

@@ -16,12 +16,21 @@ enum class choice_shape : std::uint8_t {
   text,         ///< of a text_completion, streamed or whole
 };
 
+/// A call of a tool, or what is new of it.
+struct tool_call {
+  std::uint32_t index = 0;
+  std::string name;      ///< chat_delta: empty once the call was named
+  std::string arguments; ///< as the model wrote them
+};
+
 /// The content of one choice object. Views are used at once and not kept.
 struct choice_content {
   std::uint32_t index = 0;
   bool with_role = false; ///< chat_delta: the first one, which names the assistant
   std::string_view text;
   std::string_view reasoning;
+  std::span<const tool_call> calls;
+  std::string_view call_prefix;     ///< of their ids; the index follows
   logprob_list* logprobs = nullptr; ///< null: none were asked for
   std::string_view finish_reason;   ///< empty: the choice goes on
   std::string_view stop_reason;     ///< JSON; empty counts as null

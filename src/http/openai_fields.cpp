@@ -1,6 +1,7 @@
 #include "troupe/http/openai_fields.hpp"
 
 #include "troupe/http/openai_json.hpp"
+#include "troupe/model/json_shape.hpp"
 
 #include <fmt/format.h>
 
@@ -9,33 +10,7 @@
 
 namespace troupe::http {
 
-using nlohmann::json;
-
 namespace {
-
-/// Depth of the deepest bracket outside of strings. Looks at bytes only: what is not JSON is
-/// left for the parser to refuse.
-std::size_t nesting_of(std::string_view body) {
-  std::size_t depth = 0;
-  std::size_t deepest = 0;
-  bool in_string = false;
-  for (std::size_t i = 0; i < body.size(); ++i) {
-    const char c = body[i];
-    if (in_string) {
-      if (c == '\\')
-        ++i;
-      else if (c == '"')
-        in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      deepest = std::max(deepest, ++depth);
-    } else if ((c == ']' || c == '}') && depth > 0) {
-      --depth;
-    }
-  }
-  return deepest;
-}
 
 /// At most `most` bytes of `text` as valid UTF-8.
 std::string shortened(std::string_view text, std::size_t most) {
@@ -59,11 +34,15 @@ std::string reason_of(const json::exception& e) {
 answered<json> parse_json_object(std::string_view body) {
   if (body.empty())
     return fail(error_code::invalid_request, "the body is empty, a JSON object is expected");
-  const std::size_t depth = nesting_of(body);
-  if (depth > kMaxJsonDepth)
+  const auto shape = model::shape_of_json(body);
+  if (shape.depth > model::max_json_depth)
     return fail(error_code::invalid_request,
-                fmt::format("the body is nested {} levels deep, at most {} are allowed", depth,
-                            kMaxJsonDepth));
+                fmt::format("the body is nested {} levels deep, at most {} are allowed",
+                            shape.depth, model::max_json_depth));
+  if (shape.most_members > model::max_json_members)
+    return fail(error_code::invalid_request,
+                fmt::format("the body has an object of {} members, at most {} are allowed",
+                            shape.most_members, model::max_json_members));
   try {
     json value = json::parse(body);
     if (!value.is_object())

@@ -1,5 +1,6 @@
 #include "troupe/http/openai_messages.hpp"
 
+#include "troupe/http/openai_tools.hpp"
 #include "troupe/model/chat_template.hpp"
 #include "troupe/model/tokenizer.hpp"
 
@@ -8,8 +9,6 @@
 #include <array>
 
 namespace troupe::http {
-
-using nlohmann::json;
 
 namespace {
 
@@ -46,7 +45,7 @@ std::string read_parts(field_reader& fields, const json& parts, const std::strin
 }
 
 std::string read_role(field_reader& fields, const json& message, const std::string& where) {
-  constexpr std::array<std::string_view, 3> known{"system", "user", "assistant"};
+  constexpr std::array<std::string_view, 4> known{"system", "user", "assistant", "tool"};
   const auto role = message.find("role");
   if (role == message.end()) {
     fields.refuse_field(where + ".role", "missing");
@@ -61,23 +60,38 @@ std::string read_role(field_reader& fields, const json& message, const std::stri
         return name;
   }
   fields.refuse_field(where + ".role",
-                      show(*role) + " is unknown (allowed: system, developer, user, assistant)");
+                      show(*role)
+                        + " is unknown (allowed: system, developer, user, assistant, tool)");
   return {};
 }
 
-nlohmann::ordered_json read_message(field_reader& fields, const json& message,
-                                    const std::string& where) {
-  nlohmann::ordered_json turn;
+/// Copies a field that has to be a string, unless it is absent.
+void copy_text(field_reader& fields, const json& message, const char* name,
+               const std::string& where, json& turn) {
+  const auto value = message.find(name);
+  if (value == message.end() || value->is_null())
+    return;
+  if (!value->is_string())
+    fields.refuse_field(fmt::format("{}.{}", where, name), show(*value) + " is not a string");
+  turn[name] = *value;
+}
+
+json read_message(field_reader& fields, const json& message, const std::string& where) {
+  json turn;
   if (!message.is_object()) {
     fields.refuse_field(where, show(message) + " is not an object with role and content");
     return turn;
   }
   turn["role"] = read_role(fields, message, where);
-  if (const auto calls = message.find("tool_calls");
-      calls != message.end() && !calls->is_null() && !calls->empty())
-    fields.refuse_field(where + ".tool_calls", "tools are not supported");
+  const bool is_assistant = turn["role"] == "assistant";
+  const auto calls = message.find("tool_calls");
+  const bool has_calls = calls != message.end() && !calls->is_null() && !calls->empty();
+  if (has_calls && !is_assistant)
+    fields.refuse_field(where + ".tool_calls", "only the assistant calls tools");
   const auto content = message.find("content");
-  if (content == message.end() || content->is_null())
+  if (has_calls && (content == message.end() || content->is_null()))
+    turn["content"] = nullptr;
+  else if (content == message.end() || content->is_null())
     fields.refuse_field(where + ".content",
                         "missing, a string or a list of text parts is expected");
   else if (content->is_string())
@@ -87,6 +101,14 @@ nlohmann::ordered_json read_message(field_reader& fields, const json& message,
   else
     fields.refuse_field(where + ".content",
                         show(*content) + " is neither a string nor a list of text parts");
+  copy_text(fields, message, "name", where, turn);
+  if (is_assistant)
+    copy_text(fields, message, "reasoning_content", where, turn);
+  if (turn["role"] == "tool")
+    copy_text(fields, message, "tool_call_id", where, turn);
+  // An empty list, which clients send back, is none: templates ask whether there is a list.
+  if (has_calls)
+    turn["tool_calls"] = read_calls(fields, *calls, where + ".tool_calls");
   return turn;
 }
 
@@ -100,8 +122,8 @@ void check_model_name(field_reader& fields, const serving_model& served) {
                         error_code::not_found, "model_not_found");
 }
 
-nlohmann::ordered_json read_messages(field_reader& fields) {
-  auto turns = nlohmann::ordered_json::array();
+json read_messages(field_reader& fields) {
+  auto turns = json::array();
   const json* messages = fields.find("messages");
   if (!messages) {
     fields.refuse_field("messages", "missing, a list of messages is expected");
@@ -132,10 +154,11 @@ prompt_input text_prompt(field_reader& fields, const std::string& name, const st
   return prompt;
 }
 
-prompt_input chat_prompt(field_reader& fields, const serving_model& served, bool open_answer,
-                         bool add_special_tokens) {
+prompt_input chat_prompt(field_reader& fields, const serving_model& served,
+                         const tool_request& tools, bool open_answer, bool add_special_tokens,
+                         std::optional<std::int64_t> unix_s) {
   const auto turns = read_messages(fields);
-  nlohmann::ordered_json extra;
+  json extra;
   if (const json* given = fields.find("chat_template_kwargs")) {
     if (given->is_object())
       extra = *given;
@@ -146,7 +169,7 @@ prompt_input chat_prompt(field_reader& fields, const serving_model& served, bool
     fields.refuse_field("messages", "the model has no chat template, use /v1/completions");
   if (fields.failed())
     return {};
-  const auto text = served.chat->render_chat(turns, nullptr, open_answer, extra);
+  const auto text = served.chat->render_chat(turns, tools.shown, open_answer, extra, unix_s);
   if (!text) {
     fields.refuse_field("messages", text.error().cause, text.error().code);
     return {};

@@ -2,6 +2,8 @@
 
 #include "troupe/http/openai_fields.hpp"
 #include "troupe/http/openai_messages.hpp"
+#include "troupe/http/openai_tools.hpp"
+#include "troupe/model/chat_template.hpp"
 #include "troupe/model/text_stream.hpp"
 #include "troupe/model/tokenizer.hpp"
 
@@ -9,10 +11,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 
 namespace troupe::http {
-
-using nlohmann::json;
 
 namespace {
 
@@ -35,9 +36,7 @@ constexpr unsupported_field kUnsupported[] = {
   {"repetition_penalty", "[1]"},
   {"length_penalty", "[1]"},
   {"logit_bias", "[{}]"},
-  {"tools", "[[]]"},
   {"functions", "[[]]"},
-  {"tool_choice", R"(["none", "auto"])"},
   {"function_call", R"(["none", "auto"])"},
   {"response_format", R"([{"type": "text"}])"},
   {"modalities", R"([["text"]])"},
@@ -61,8 +60,14 @@ constexpr unsupported_field kUnsupported[] = {
   {"add_generation_prompt", "[true]"},
 };
 
-void refuse_unsupported(field_reader& fields) {
-  for (const auto& [name, neutral] : kUnsupported) {
+/// The same, of what only chats can do.
+constexpr unsupported_field kUnsupportedOfText[] = {
+  {"tools", "[[]]"},
+  {"tool_choice", R"(["none", "auto"])"},
+};
+
+void refuse_unsupported(field_reader& fields, std::span<const unsupported_field> list) {
+  for (const auto& [name, neutral] : list) {
     const json* value = fields.find(name);
     if (!value)
       continue;
@@ -268,7 +273,8 @@ void read_prompts(field_reader& fields, const serving_model& served, completion_
 }
 
 answered<completion_request> parse_request(std::string_view body, const serving_model& served,
-                                           std::uint64_t random_seed, bool chat) {
+                                           std::uint64_t random_seed, bool chat,
+                                           std::optional<std::int64_t> unix_s) {
   const auto object = parse_json_object(body);
   if (!object)
     return tl::unexpected<refusal>(object.error());
@@ -276,7 +282,9 @@ answered<completion_request> parse_request(std::string_view body, const serving_
   completion_request r;
   r.chat = chat;
   check_model_name(fields, served);
-  refuse_unsupported(fields);
+  refuse_unsupported(fields, kUnsupported);
+  if (!chat)
+    refuse_unsupported(fields, kUnsupportedOfText);
   read_counts(fields, r);
   read_sampling(fields, served, random_seed, r.draw);
   read_stop(fields, served, r);
@@ -286,10 +294,17 @@ answered<completion_request> parse_request(std::string_view body, const serving_
   // The tokenizer is the expensive part: nothing is encoded for a request that is refused anyway.
   if (!fields.failed() && chat) {
     const bool add_special_tokens = fields.boolean("add_special_tokens", false);
-    r.prompts.push_back(chat_prompt(fields, served, true, add_special_tokens));
-    if (!fields.failed())
+    const tool_request tools = read_tools(fields, served);
+    r.prompts.push_back(chat_prompt(fields, served, tools, true, add_special_tokens, unix_s));
+    if (!fields.failed()) {
+      const auto start = model::reasoning_after(*r.prompts.front().text);
       r.split_reasoning = served.tokenizer->added_token("</think>").has_value()
-                          && model::begins_in_reasoning(*r.prompts.front().text);
+                          && start != model::reasoning_start::closed;
+      r.reasoning_open = start == model::reasoning_start::open;
+      r.tool_names = tools.names;
+      r.max_calls = tools.parallel ? 0 : 1;
+      r.calls_as = tools.names.empty() ? model::tool_syntax::none : served.chat->calls_as();
+    }
   } else if (!fields.failed()) {
     read_prompts(fields, served, r);
   }
@@ -303,13 +318,14 @@ answered<completion_request> parse_request(std::string_view body, const serving_
 } // namespace
 
 answered<completion_request> parse_chat_request(std::string_view body, const serving_model& served,
-                                                std::uint64_t random_seed) {
-  return parse_request(body, served, random_seed, true);
+                                                std::uint64_t random_seed,
+                                                std::optional<std::int64_t> unix_s) {
+  return parse_request(body, served, random_seed, true, unix_s);
 }
 
 answered<completion_request> parse_text_request(std::string_view body, const serving_model& served,
                                                 std::uint64_t random_seed) {
-  return parse_request(body, served, random_seed, false);
+  return parse_request(body, served, random_seed, false, {});
 }
 
 std::vector<schedule::request> to_schedule(const completion_request& r,

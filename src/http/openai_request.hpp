@@ -1,6 +1,7 @@
 #pragma once
 
 #include "troupe/http/openai_error.hpp"
+#include "troupe/model/tool_call_parser.hpp"
 #include "troupe/schedule/types.hpp"
 
 #include <cstdint>
@@ -59,16 +60,23 @@ struct completion_request {
   bool return_token_ids = false;
   bool tokens_as_ids = false; ///< logprobs name tokens "token_id:123"
   bool include_reasoning = true;
-  bool split_reasoning = false; ///< the answer begins with reasoning, which is told apart
+  bool split_reasoning = false;        ///< the answer may begin with reasoning, which is told apart
+  bool reasoning_open = true;          ///< the prompt has begun it
+  std::vector<std::string> tool_names; ///< what the model may call; empty: nothing
+  std::uint32_t max_calls = 0;         ///< calls after which a choice ends; 0: any number
+  model::tool_syntax calls_as = model::tool_syntax::none; ///< how it writes calls
 
   std::uint32_t num_choices() const { return static_cast<std::uint32_t>(prompts.size()) * n; }
 };
 
-/// Reads the body of POST /v1/chat/completions. `random_seed` is used if the client sends none.
+/// Reads the body of POST /v1/chat/completions. `random_seed` is used if the client sends none;
+/// `unix_s` is the time for templates that write the date (none: now). With both given, the same
+/// body is read the same at any time.
 /// Errors: invalid_request (the field, the offending value and what is allowed), not_found (another
 /// model's name), too_large (prompt over the context, too many choices). Pure, any thread.
 answered<completion_request> parse_chat_request(std::string_view body, const serving_model& served,
-                                                std::uint64_t random_seed);
+                                                std::uint64_t random_seed,
+                                                std::optional<std::int64_t> unix_s = {});
 
 /// The same for POST /v1/completions.
 answered<completion_request> parse_text_request(std::string_view body, const serving_model& served,

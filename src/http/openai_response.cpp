@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,9 @@ model::text_stream_options stream_options(const completion_request& r) {
   options.include_stop = r.include_stop;
   options.min_tokens = r.min_tokens;
   options.split_reasoning = r.split_reasoning;
+  options.reasoning_open = r.reasoning_open;
+  for (const std::string_view marker : model::tool_markers(r.calls_as))
+    options.shown.emplace_back(marker);
   return options;
 }
 
@@ -34,8 +38,11 @@ struct choice {
   logprob_list logprobs;
   std::string text;
   std::string reasoning;
+  std::optional<model::tool_call_parser> parser; ///< where the model may call tools
+  std::vector<tool_call> calls;
   std::vector<std::int32_t> token_ids;
   std::vector<schedule::output_token> scored; ///< by position of the prompt
+  std::string call_prefix;                    ///< of the calls' ids
   std::uint64_t num_tokens = 0;
   std::uint64_t num_reasoning_tokens = 0;
   bool begun = false;      ///< the prompt's part, if any, was added
@@ -44,7 +51,10 @@ struct choice {
   std::string stop_reason; ///< JSON
 
   choice(const completion_request& r, const model::tokenizer& t, const token_namer& namer)
-    : stream(t, stream_options(r)), logprobs(namer, r.chat, std::max(r.num_logprobs, 0)) {}
+    : stream(t, stream_options(r)), logprobs(namer, r.chat, std::max(r.num_logprobs, 0)) {
+    if (r.calls_as != model::tool_syntax::none)
+      parser.emplace(r.calls_as, r.tool_names, r.max_calls);
+  }
 };
 
 } // namespace
@@ -62,8 +72,12 @@ struct response_builder::state {
   state(completion_request r, const model::tokenizer& t, answer_identity i)
     : request(std::move(r)), tokenizer(&t), id(std::move(i)), namer(t, request.tokens_as_ids) {
     choices.reserve(request.num_choices());
-    for (std::uint32_t c = 0; c < request.num_choices(); ++c)
+    for (std::uint32_t c = 0; c < request.num_choices(); ++c) {
       choices.emplace_back(request, t, namer);
+      // A function of the answer, so that whoever asks again gets the same.
+      if (request.calls_as != model::tool_syntax::none)
+        choices.back().call_prefix = fmt::format("call_{}-{}-", id.id, c);
+    }
     const bool chat = request.chat;
     const char* object = !chat            ? "text_completion"
                          : request.stream ? "chat.completion.chunk"
@@ -132,9 +146,21 @@ struct response_builder::state {
   }
 
   void add_text(choice& c, const model::text_delta& delta) {
-    c.text += delta.content;
+    if (c.parser)
+      add_calls(c, c.parser->push(delta.content));
+    else
+      c.text += delta.content;
     if (request.include_reasoning)
       c.reasoning += delta.reasoning;
+  }
+
+  static void add_calls(choice& c, const model::tool_text& more) {
+    c.text += more.content;
+    for (const auto& piece : more.calls) {
+      if (c.calls.empty() || c.calls.back().index != piece.index)
+        c.calls.push_back({piece.index, piece.name, {}});
+      c.calls.back().arguments += piece.arguments;
+    }
   }
 
   void add_token(choice& c, const schedule::token_event& e) {
@@ -142,8 +168,7 @@ struct response_builder::state {
     ++c.num_tokens;
     if (request.return_token_ids)
       c.token_ids.push_back(token);
-    if (c.stream.in_reasoning())
-      ++c.num_reasoning_tokens;
+    const bool was_reasoning = c.stream.in_reasoning();
     // A token that ends the text is no part of it, unless the client wants to see what ended it.
     const bool in_text = e.finish != schedule::finish_reason::stop || request.include_stop;
     if (request.num_logprobs >= 0)
@@ -151,14 +176,19 @@ struct response_builder::state {
                      in_text && !(request.skip_special_tokens && tokenizer->is_special(token)));
     if (in_text)
       add_text(c, c.stream.push(token));
+    if (was_reasoning || c.stream.in_reasoning()) // what opens or closes it counts
+      ++c.num_reasoning_tokens;
   }
 
   /// Ends a choice if the event, or the text that it led to, says so.
   step settle(choice& c, const schedule::token_event& e) {
     using schedule::finish_reason;
+    const bool has_all_calls = c.parser && c.parser->ended();
     if (!c.stream.stopped() && e.finish != finish_reason::none)
       add_text(c, c.stream.finish());
-    if (c.stream.stopped()) {
+    if (has_all_calls) {
+      c.finish = "stop";
+    } else if (c.stream.stopped()) {
       c.finish = "stop";
       append_json_string(c.stop_reason, c.stream.matched_stop());
     } else if (e.finish == finish_reason::stop) {
@@ -171,8 +201,13 @@ struct response_builder::state {
     } else if (e.finish == finish_reason::cancelled) {
       c.finish = "abort";
     }
-    if (!c.finish.empty())
+    if (!c.finish.empty()) {
       ++num_ended;
+      if (c.parser)
+        add_calls(c, c.parser->finish());
+      if (c.parser && c.parser->num_calls() > 0 && c.finish == "stop")
+        c.finish = "tool_calls";
+    }
     return {!c.finish.empty() && e.finish == finish_reason::none, false};
   }
 
@@ -182,6 +217,8 @@ struct response_builder::state {
     content.index = static_cast<std::uint32_t>(index);
     content.text = c.text;
     content.reasoning = c.reasoning;
+    content.calls = c.calls;
+    content.call_prefix = c.call_prefix;
     content.logprobs = request.num_logprobs >= 0 ? &c.logprobs : nullptr;
     content.finish_reason = c.finish;
     content.stop_reason = c.stop_reason;
@@ -201,8 +238,8 @@ struct response_builder::state {
   /// Sends what a choice has gathered, if it is worth a chunk.
   void send(std::size_t index, std::string& out) {
     choice& c = choices[index];
-    if (c.text.empty() && c.reasoning.empty() && c.finish.empty() && c.logprobs.empty()
-        && c.token_ids.empty())
+    if (c.text.empty() && c.reasoning.empty() && c.calls.empty() && c.finish.empty()
+        && c.logprobs.empty() && c.token_ids.empty())
       return;
     open_frame(out);
     append_choice(out, request.chat ? choice_shape::chat_delta : choice_shape::text,
@@ -212,6 +249,7 @@ struct response_builder::state {
     c.sent = true;
     c.text.clear();
     c.reasoning.clear();
+    c.calls.clear();
     c.token_ids.clear();
   }
 

@@ -4,6 +4,7 @@
 #include "troupe/http/openai_fields.hpp"
 #include "troupe/http/openai_json.hpp"
 #include "troupe/http/openai_messages.hpp"
+#include "troupe/http/openai_tools.hpp"
 #include "troupe/model/tokenizer.hpp"
 
 #include <fmt/format.h>
@@ -28,7 +29,8 @@ prompt_input read_input(field_reader& fields, const serving_model& served) {
   if (!fields.find("messages"))
     fields.refuse_field("prompt", "missing, prompt or messages is expected");
   return fields.failed() ? prompt_input{}
-                         : chat_prompt(fields, served, open_answer, add_special_tokens);
+                         : chat_prompt(fields, served, read_tools(fields, served), open_answer,
+                                       add_special_tokens);
 }
 
 void append_model(std::string& out, const serving_model& served, std::int64_t started_s) {

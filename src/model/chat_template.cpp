@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <ctime>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -156,14 +157,16 @@ expected<chat_template> chat_template::parse(std::string_view source, std::strin
 }
 
 template <class Json>
-expected<std::string> chat_template::render_variables(
-  const std::vector<std::pair<std::string, const Json*>>& variables) const {
+expected<std::string>
+chat_template::render_variables(const std::vector<std::pair<std::string, const Json*>>& variables,
+                                std::optional<std::int64_t> unix_s) const {
   try {
     jinja::budget cost;
     std::vector<std::pair<std::string, jinja::value>> values;
     for (const auto& [name, v] : variables)
       values.emplace_back(name, from_json(*v, cost));
-    return jinja::render(*state_->root, std::move(values), cost);
+    const std::time_t now = unix_s ? static_cast<std::time_t>(*unix_s) : std::time(nullptr);
+    return jinja::render(*state_->root, std::move(values), cost, now);
   } catch (const jinja::failure& f) {
     if (f.by_template)
       return fail(error_code::invalid_request, f.text,
@@ -234,16 +237,44 @@ expected<chat_renderer> chat_renderer::load(const std::filesystem::path& model_d
       if (content.is_string())
         tokens[key] = content;
     }
-    return chat_renderer(std::move(*standard), std::move(with_tools), std::move(tokens));
+    chat_renderer renderer(std::move(*standard), std::move(with_tools), std::move(tokens));
+    renderer.try_tools();
+    return renderer;
   } catch (const std::exception& e) {
     return fail(error_code::invalid_model, fmt::format("{}: {}", config_path, e.what()));
   }
 }
 
+void chat_renderer::try_tools() {
+  const auto tools = tool_trial::tools();
+  if (const auto shown = render_chat(tool_trial::question(), tools, true))
+    takes_tools_ = tool_trial::shows_tool(*shown);
+  // Some templates write calls only where there is no content, others need one. And some copy
+  // the arguments, others print them as JSON, which would make a string of what is text already.
+  const ordered_json none;
+  for (const bool objects : {false, true}) {
+    call_style found{objects, false, false, false};
+    for (bool call_style::*content : {&call_style::absent, &call_style::null, &call_style::empty}) {
+      calls_ = {objects, false, false, false};
+      calls_.*content = true;
+      const auto text = render_chat(tool_trial::call(calls_), takes_tools_ ? tools : none, false);
+      if (!text || !tool_trial::shows_arguments(*text))
+        continue;
+      found.*content = true;
+      calls_as_ = tool_trial::syntax_of(*text);
+    }
+    calls_ = found;
+    if (found.absent || found.null || found.empty)
+      return;
+  }
+  calls_ = {};
+}
+
 expected<std::string> chat_renderer::render_chat(const ordered_json& messages,
                                                  const ordered_json& tools,
                                                  bool add_generation_prompt,
-                                                 const ordered_json& extra) const {
+                                                 const ordered_json& extra,
+                                                 std::optional<std::int64_t> unix_s) const {
   if (!messages.is_array() || messages.empty())
     return fail(error_code::invalid_request, "messages is not a list with at least one message");
   for (std::size_t i = 0; i < messages.size(); ++i)
@@ -251,6 +282,9 @@ expected<std::string> chat_renderer::render_chat(const ordered_json& messages,
         || !messages[i]["role"].is_string())
       return fail(error_code::invalid_request,
                   fmt::format("messages[{}] is not an object with a role", i));
+  auto fitting = with_fitting_calls(messages, calls_);
+  if (!fitting)
+    return tl::unexpected(std::move(fitting.error()));
   const ordered_json none;
   const ordered_json prompt = add_generation_prompt;
   // Later ones count, so that extra variables can replace the others.
@@ -266,7 +300,7 @@ expected<std::string> chat_renderer::render_chat(const ordered_json& messages,
   };
   for (const auto& [name, v] : tokens_.items())
     set(name, v);
-  set("messages", messages);
+  set("messages", *fitting ? **fitting : messages);
   set("tools", tools);
   set("documents", none);
   set("add_generation_prompt", prompt);
@@ -276,7 +310,7 @@ expected<std::string> chat_renderer::render_chat(const ordered_json& messages,
   const auto given = std::find_if(variables.begin(), variables.end(),
                                   [](const auto& v) { return v.first == "tools"; });
   const chat_template& chosen = with_tools_ && !given->second->is_null() ? *with_tools_ : standard_;
-  return chosen.render_variables(variables);
+  return chosen.render_variables(variables, unix_s);
 }
 
 } // namespace troupe::model

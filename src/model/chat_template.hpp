@@ -1,9 +1,12 @@
 #pragma once
 
 #include "troupe/base/error.hpp"
+#include "troupe/model/chat_tools.hpp"
+#include "troupe/model/tool_call_parser.hpp"
 
 #include <nlohmann/json.hpp>
 
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -43,7 +46,8 @@ private:
   /// With variables by name. Nothing is copied before its nesting is known to be harmless.
   template <class Json>
   expected<std::string>
-  render_variables(const std::vector<std::pair<std::string, const Json*>>& variables) const;
+  render_variables(const std::vector<std::pair<std::string, const Json*>>& variables,
+                   std::optional<std::int64_t> unix_s = {}) const;
   template <class Json>
   expected<std::string> render_members(const Json& context) const;
 
@@ -62,11 +66,20 @@ public:
 
   /// Renders a conversation: `messages` as in the OpenAI API, `tools` an array or null, `extra`
   /// an object of further variables (chat_template_kwargs) or null. The text starts with BOS
-  /// where the template writes it, so it is to be encoded without adding one. Fails as
-  /// chat_template::render, and with invalid_request where `messages` is not an array of objects.
+  /// where the template writes it, so it is to be encoded without adding one. The arguments of
+  /// calls may be objects or their text: the template gets what it can print. `unix_s` is the time
+  /// for templates that write the date; without it now. Fails as chat_template::render, and with
+  /// invalid_request where `messages` is not an array of objects.
   expected<std::string> render_chat(const nlohmann::ordered_json& messages,
                                     const nlohmann::ordered_json& tools, bool add_generation_prompt,
-                                    const nlohmann::ordered_json& extra = nullptr) const;
+                                    const nlohmann::ordered_json& extra = nullptr,
+                                    std::optional<std::int64_t> unix_s = {}) const;
+
+  /// Whether the template shows tools to the model.
+  bool takes_tools() const { return takes_tools_; }
+
+  /// How the template writes calls, and the model therefore too; none: in no way that we know.
+  tool_syntax calls_as() const { return calls_as_; }
 
 private:
   chat_renderer(chat_template standard, std::optional<chat_template> with_tools,
@@ -75,8 +88,14 @@ private:
       with_tools_(std::move(with_tools)),
       tokens_(std::move(tokens)) {}
 
+  /// Learns from small conversations what the template does with tools.
+  void try_tools();
+
   chat_template standard_;
   std::optional<chat_template> with_tools_;
+  bool takes_tools_ = false;
+  call_style calls_;
+  tool_syntax calls_as_ = tool_syntax::none;
   nlohmann::ordered_json tokens_; // bos_token, eos_token, ...
 };
 

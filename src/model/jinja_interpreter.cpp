@@ -22,7 +22,8 @@ enum class flow { go_on, next_iteration, leave_loop };
 
 class interpreter {
 public:
-  interpreter(std::vector<std::pair<std::string, value>> variables, budget& cost) : cost_(cost) {
+  interpreter(std::vector<std::pair<std::string, value>> variables, budget& cost, std::time_t now)
+    : cost_(cost), now_(now) {
     scopes_.push_back({std::move(variables), none});
   }
 
@@ -512,11 +513,10 @@ private:
     return value::list(std::move(items));
   }
 
-  static value call_strftime(const arguments& args) {
+  value call_strftime(const arguments& args) const {
     args.allow(1, {"format"});
-    const std::time_t now = std::time(nullptr);
     std::tm local{};
-    localtime_r(&now, &local);
+    localtime_r(&now_, &local);
     std::array<char, 512> text{};
     const std::size_t size =
       std::strftime(text.data(), text.size(), args.get_text(0, "format").c_str(), &local);
@@ -524,6 +524,7 @@ private:
   }
 
   budget& cost_;
+  const std::time_t now_;
   std::vector<scope> scopes_;
   std::size_t current_ = 0;
   std::deque<namespace_data> spaces_; // values point to them
@@ -535,8 +536,8 @@ private:
 } // namespace
 
 std::string render(const node& root, std::vector<std::pair<std::string, value>> variables,
-                   budget& cost) {
-  interpreter run(std::move(variables), cost);
+                   budget& cost, std::time_t now) {
+  interpreter run(std::move(variables), cost, now);
   try {
     return run.run(root);
   } catch (failure& f) {

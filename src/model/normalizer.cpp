@@ -42,6 +42,12 @@ bool is_later_mark(utf8proc_int32_t code_point) {
   return found != std::begin(later_marks) && code_point <= (found - 1)->last;
 }
 
+/// What nothing before it composes with: a later mark, and U+11A7, which stands below the first
+/// trailing consonant (Unicode 3.12, T index 0) and which utf8proc 2.8 swallows behind a syllable.
+bool begins_anew(utf8proc_int32_t code_point) {
+  return code_point == 0x11A7 || is_later_mark(code_point);
+}
+
 int combining_class(utf8proc_int32_t code_point) {
   if (code_point < 0x300)
     return 0;
@@ -90,9 +96,9 @@ std::string_view normalize_nfc(std::string_view text, std::string& buffer) {
   }
   order_marks(code_points);
   buffer.clear();
-  // Nothing composes across a later mark, so what lies between them is composed by itself.
+  // Nothing composes across these, so what lies between them is composed by itself.
   for (auto first = code_points.begin(); first != code_points.end();) {
-    const auto last = std::find_if(first + 1, code_points.end(), is_later_mark);
+    const auto last = std::find_if(first + 1, code_points.end(), begins_anew);
     const auto size = utf8proc_normalize_utf32(
       &*first, last - first, static_cast<utf8proc_option_t>(UTF8PROC_COMPOSE | UTF8PROC_STABLE));
     std::for_each(first, first + size,

@@ -1,6 +1,7 @@
 #include "troupe/model/stored_weight.hpp"
 
 #include "troupe/model/integer_packing.hpp"
+#include "troupe/model/ordered_groups.hpp"
 
 #include <algorithm>
 #include <array>
@@ -248,7 +249,7 @@ private:
     count(*view);
     if (auto ok = read_scales_of_packed(); !ok)
       return ok;
-    if (auto ok = check_order(stem_ + "weight_g_idx"); !ok)
+    if (auto ok = read_order(stem_ + "weight_g_idx"); !ok)
       return ok;
     const auto groups = ceil_div(out_.num_cols, out_.block_cols);
     const auto zero_name = stem_ + "weight_zero_point";
@@ -268,6 +269,7 @@ private:
     out_.repacked = unpack_rows(view->data, is_8_bit ? 8 : 4, out_.num_rows, out_.num_cols);
     if (zeros)
       out_.zeros = unpack_zeros_by_rows(zeros->data, out_.num_rows, groups);
+    apply_order();
     return {};
   }
 
@@ -285,6 +287,7 @@ private:
                    "scales are of rows or of equal groups of columns");
     out_.block_rows = 1;
     out_.block_cols = static_cast<std::int32_t>(out_.num_cols / groups);
+    scale_type_ = view->type.value_or(element_type::f32);
     return take_scales(scale_name, *view);
   }
 
@@ -324,7 +327,8 @@ private:
       return tl::unexpected(std::move(values.error()));
     for (const auto* one : {&*weight, &*zeros, &*scales})
       count(*one);
-    if (auto ok = check_order(stem_ + "g_idx"); !ok)
+    scale_type_ = scales->type.value_or(element_type::f32);
+    if (auto ok = read_order(stem_ + "g_idx"); !ok)
       return ok;
     out_.type = how.bits == 8 ? element_type::i8 : element_type::i4;
     auto zero_points =
@@ -346,26 +350,47 @@ private:
           (*values)[static_cast<std::size_t>(group) * rows + row];
     out_.repacked = is_awq ? unpack_awq(weight->data, rows, cols)
                            : unpack_gptq(weight->data, how.bits, rows, cols);
+    apply_order();
     return {};
   }
 
-  /// Which group each column belongs to, where columns were sorted by their activations
-  /// (desc_act). Only groups of neighbours are supported.
-  expected<void> check_order(const std::string& order_name) {
+  /// Which group each column belongs to, where columns were sorted by their activations (desc_act).
+  /// Kept where groups are not of neighbours.
+  expected<void> read_order(const std::string& order_name) {
     if (!source_.contains(order_name))
       return {};
     auto view = find_packed(source_, order_name, {out_.num_cols});
     if (!view)
       return tl::unexpected(std::move(view.error()));
     count(*view);
-    for (std::int32_t col = 0; col < out_.num_cols; ++col)
-      if (load<std::int32_t>(view->data, col) != col / out_.block_cols)
+    const auto groups = ceil_div(out_.num_cols, out_.block_cols);
+    bool of_neighbours = true;
+    for (std::int32_t col = 0; col < out_.num_cols; ++col) {
+      const auto group = load<std::int32_t>(view->data, col);
+      if (group < 0 || group >= groups)
         return wrong(source_, order_name,
-                     fmt::format("puts column {} into group {} instead of {}", col,
-                                 load<std::int32_t>(view->data, col), col / out_.block_cols),
-                     "columns in the order of activations (desc_act: true) are not supported: take "
-                     "a checkpoint that was quantized with desc_act: false");
+                     fmt::format("puts column {} into group {} of {}", col, group, groups),
+                     "the file is damaged, or config.json has another group_size");
+      of_neighbours = of_neighbours && group == col / out_.block_cols;
+      order_.push_back(group);
+    }
+    if (of_neighbours)
+      order_.clear();
     return {};
+  }
+
+  /// Multiplies codes, zero points and scales out where columns have an order of their own.
+  void apply_order() {
+    if (order_.empty())
+      return;
+    const auto groups = ceil_div(out_.num_cols, out_.block_cols);
+    out_.repacked = multiply_out(out_.view(), groups, order_, scale_type_);
+    out_.type = scale_type_;
+    out_.mapped_scales = nullptr;
+    out_.scales.clear();
+    out_.zeros.clear();
+    out_.block_rows = 1;
+    out_.block_cols = 1;
   }
 
   tensor_source& source_;
@@ -373,6 +398,8 @@ private:
   const std::string& name_;
   std::string stem_; ///< "model.layers.0.mlp.up_proj."
   weight_loading how_;
+  element_type scale_type_ = element_type::f32; ///< of packed weights, as stored
+  std::vector<std::int32_t> order_; ///< group of each column, unless groups are of neighbours
   stored_weight out_;
 };
 

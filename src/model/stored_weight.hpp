@@ -32,7 +32,8 @@ namespace troupe::model {
 /// | P.qweight, P.qzeros, P.scales (, P.g_idx)     | AWQ (GEMM) and GPTQ, by quant_method     |
 ///
 /// The last two are repacked, at the same size, into rows of `i4` or `i8`; all others are used
-/// where they are mapped.
+/// where they are mapped. Where g_idx (or weight_g_idx) does not put neighbours into groups
+/// (`desc_act`), they are multiplied out into the type of their scales instead: see multiply_out.
 struct stored_weight {
   kernels::element_type type = kernels::element_type::f32;
   std::int32_t num_rows = 0;

@@ -37,14 +37,21 @@ text_stream::text_stream(const tokenizer& t, text_stream_options options)
     include_stop_(options.include_stop),
     in_reasoning_(options.split_reasoning),
     may_open_(options.split_reasoning),
+    undecided_(options.split_reasoning && !options.reasoning_open),
     min_tokens_(options.min_tokens) {
   for (std::string& stop : options.stop)
     if (!stop.empty())
       stops_.emplace_back(std::move(stop));
+  const auto show = [&](std::string_view text) {
+    if (const auto id = t.added_token(text))
+      shown_ids_.push_back(*id);
+  };
   if (options.split_reasoning) {
-    tag_ids_[0] = t.added_token(open_tag).value_or(-1);
-    tag_ids_[1] = t.added_token(close_tag).value_or(-1);
+    show(open_tag);
+    show(close_tag);
   }
+  for (const std::string& text : options.shown)
+    show(text);
   tag_.reserve(close_tag.size());
 }
 
@@ -54,8 +61,8 @@ const text_delta& text_stream::push(std::int32_t token) {
   if (delta_.stopped || finished_)
     return delta_;
   ++num_tokens_;
-  const bool is_tag = token == tag_ids_[0] || token == tag_ids_[1];
-  if (skip_special_ && tokenizer_->is_special(token) && !is_tag)
+  if (skip_special_ && tokenizer_->is_special(token)
+      && std::find(shown_ids_.begin(), shown_ids_.end(), token) == shown_ids_.end())
     return delta_;
   text_.clear();
   replacer_.push(tokenizer_->token_bytes(token), text_);
@@ -124,6 +131,8 @@ void text_stream::split(char byte) {
     delta_.content += byte;
     return;
   }
+  if (undecided_)
+    return decide(byte);
   tag_ += byte;
   if (tag_ == close_tag) {
     tag_.clear();
@@ -142,14 +151,39 @@ void text_stream::split(char byte) {
   }
 }
 
+/// White space may stand before the tag and goes with it.
+void text_stream::decide(char byte) {
+  const std::size_t begun = tag_.find('<');
+  if (begun == std::string::npos && (byte == ' ' || byte == '\t' || byte == '\r' || byte == '\n')) {
+    tag_ += byte;
+    return;
+  }
+  tag_ += byte;
+  const auto tag = std::string_view(tag_).substr(std::min(begun, tag_.size() - 1));
+  if (tag == open_tag) {
+    tag_.clear();
+    undecided_ = may_open_ = false;
+  } else if (!open_tag.starts_with(tag)) {
+    flush_tag();
+  }
+}
+
 void text_stream::flush_tag() {
+  if (undecided_) { // no reasoning at all
+    undecided_ = in_reasoning_ = false;
+    delta_.content += tag_;
+    tag_.clear();
+    return;
+  }
   delta_.reasoning += tag_;
   tag_.clear();
 }
 
-bool begins_in_reasoning(std::string_view prompt) {
-  const std::size_t end = prompt.find_last_not_of(" \t\r\n");
-  return end == std::string_view::npos || !prompt.substr(0, end + 1).ends_with(close_tag);
+reasoning_start reasoning_after(std::string_view prompt) {
+  const auto text = prompt.substr(0, prompt.find_last_not_of(" \t\r\n") + 1);
+  if (text.ends_with(open_tag))
+    return reasoning_start::open;
+  return text.ends_with(close_tag) ? reasoning_start::closed : reasoning_start::unsaid;
 }
 
 } // namespace troupe::model

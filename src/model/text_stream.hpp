@@ -21,6 +21,11 @@ struct text_stream_options {
   /// whether or not the output opens with `<think>`; what follows is content. The two tags are
   /// left out. Where it is off, all is content and tags are ordinary text.
   bool split_reasoning = false;
+  /// With split_reasoning: whether the prompt has opened the reasoning. Otherwise there is some
+  /// only where the output itself begins with `<think>`.
+  bool reasoning_open = true;
+  /// Special tokens that stay in the text.
+  std::vector<std::string> shown;
 };
 
 /// What one token added. Either part may be empty: text is held back while it may be the start
@@ -53,7 +58,7 @@ public:
 
   /// True while text counts as reasoning (for counting its tokens). Never with split_reasoning
   /// off.
-  bool in_reasoning() const { return in_reasoning_; }
+  bool in_reasoning() const { return in_reasoning_ && !undecided_; }
 
 private:
   /// A stop string with its prefix function (Knuth, Morris and Pratt) and how much of it the
@@ -71,17 +76,19 @@ private:
   void take_text();
   void release(std::size_t size);
   void split(char byte);
+  void decide(char byte);
   void flush_tag();
 
   const tokenizer* tokenizer_;
   bool skip_special_;
   bool include_stop_;
   bool in_reasoning_;
-  bool may_open_; // `<think>` has not been seen
+  bool may_open_;  // `<think>` has not been seen
+  bool undecided_; // only `<think>` begins the reasoning
   bool finished_ = false;
   std::uint32_t min_tokens_;
   std::uint32_t num_tokens_ = 0;
-  std::int32_t tag_ids_[2] = {-1, -1}; // shown to the splitter even where they are special
+  std::vector<std::int32_t> shown_ids_; // text even where they are special: tags, for the splitter
   std::vector<matcher> stops_;
   utf8_replacer replacer_;
   std::string text_; // valid UTF-8 of this call
@@ -91,8 +98,12 @@ private:
   text_delta delta_;
 };
 
-/// Whether the output of a prompt begins inside reasoning: true unless the prompt already ends
-/// it, that is, its last text is `</think>` (a template that turns thinking off).
-bool begins_in_reasoning(std::string_view prompt);
+/// What a prompt says about reasoning, by its last text.
+enum class reasoning_start : std::uint8_t {
+  open,   ///< `<think>`: the output begins inside
+  closed, ///< `</think>`: a template that turns thinking off
+  unsaid, ///< neither
+};
+reasoning_start reasoning_after(std::string_view prompt);
 
 } // namespace troupe::model

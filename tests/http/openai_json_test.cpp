@@ -1,6 +1,7 @@
 #include "troupe/http/openai_error.hpp"
 #include "troupe/http/openai_fields.hpp"
 #include "troupe/http/openai_json.hpp"
+#include "troupe/model/json_shape.hpp"
 
 #include <catch2/catch.hpp>
 #include <nlohmann/json.hpp>
@@ -75,8 +76,8 @@ TEST_CASE("nesting is bounded before anything is parsed") {
   const auto nested = [](std::size_t depth) {
     return R"({"a":)" + std::string(depth - 1, '[') + std::string(depth - 1, ']') + "}";
   };
-  CHECK(parse_json_object(nested(kMaxJsonDepth)).has_value());
-  CHECK_FALSE(parse_json_object(nested(kMaxJsonDepth + 1)).has_value());
+  CHECK(parse_json_object(nested(model::max_json_depth)).has_value());
+  CHECK_FALSE(parse_json_object(nested(model::max_json_depth + 1)).has_value());
   CHECK_FALSE(parse_json_object(std::string(5'000'000, '[')).has_value());
   // Brackets within strings do not count, also behind an escaped quote.
   CHECK(parse_json_object(R"({"a":"\"\\)" + std::string(500, '[') + "\"}").has_value());

@@ -3,6 +3,7 @@
 #include "openai_fixture.hpp"
 
 #include <catch2/catch.hpp>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
@@ -214,7 +215,8 @@ TEST_CASE("bad fields are refused by name", "[table]") {
     {R"("frequency_penalty":0.5)", kInvalid, {"frequency_penalty: 0.5", "not supported"}},
     {R"("presence_penalty":-1)", kInvalid, {"presence_penalty: -1", "not supported"}},
     {R"("logit_bias":{"5":100})", kInvalid, {"logit_bias", "not supported"}},
-    {R"("tools":[{"type":"function"}])", kInvalid, {"tools", "not supported"}},
+    {R"("tools":[{"type":"function","function":{"name":"f"}}])", kInvalid, {"tools: "}},
+    {R"("tool_choice":"required")", kInvalid, {"tool_choice: \"required\""}},
     {R"("response_format":{"type":"json_object"})", kInvalid, {"response_format"}},
     {R"("use_beam_search":true)", kInvalid, {"use_beam_search"}},
   };
@@ -238,7 +240,43 @@ TEST_CASE("bad chats are refused by name", "[table]") {
     {R"({"messages":[)" + user + R"(,{"role":"wizard","content":"x"}]})",
      kInvalid,
      {"messages[1].role", "wizard", "assistant"}},
-    {R"({"messages":[{"role":"tool","content":"x"}]})", kInvalid, {"messages[0].role", "tool"}},
+    {R"({"messages":[{"role":"function","content":"x"}]})",
+     kInvalid,
+     {"messages[0].role", "function", "tool"}},
+    {R"({"messages":[{"role":"user","content":"x","tool_calls":[{}]}]})",
+     kInvalid,
+     {"messages[0].tool_calls", "assistant"}},
+    {R"({"messages":[{"role":"tool","content":"x","tool_call_id":5}]})",
+     kInvalid,
+     {"messages[0].tool_call_id: 5"}},
+    {R"({"messages":[{"role":"user","content":"x","name":[]}]})", kInvalid, {"messages[0].name"}},
+    {R"({"messages":[{"role":"assistant","tool_calls":5}]})",
+     kInvalid,
+     {"messages[0].tool_calls: 5"}},
+    {R"({"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f"}}]}]})",
+     kInvalid,
+     {"messages[0].tool_calls[0].function.arguments", "missing"}},
+    {R"({"messages":[{"role":"assistant","tool_calls":[{"type":"x","function":{}}]}]})",
+     kInvalid,
+     {"messages[0].tool_calls[0].type", "function"}},
+    {chat_with(R"("tools":5)"), kInvalid, {"tools: 5", "list"}},
+    {chat_with(R"("tools":[5])"), kInvalid, {"tools[0]: 5"}},
+    {chat_with(R"("tools":[{"type":"mcp"}])"), kInvalid, {"tools[0].type: \"mcp\"", "function"}},
+    {chat_with(R"("tools":[{"type":"function"}])"), kInvalid, {"tools[0].function", "missing"}},
+    {chat_with(R"("tools":[{"function":{"name":""}}])"), kInvalid, {"tools[0].function.name"}},
+    {chat_with(R"("tools":[{"function":{"name":"f","parameters":[]}}])"),
+     kInvalid,
+     {"tools[0].function.parameters", "object"}},
+    {chat_with(R"("tools":[{"function":{"name":"f","description":1}}])"),
+     kInvalid,
+     {"tools[0].function.description: 1", "string"}},
+    {chat_with(R"("tools":[{"function":{"name":"f"}}])"), kInvalid, {"tools", "chat template"}},
+    {chat_with(R"("tool_choice":"required")"), kInvalid, {"tool_choice", "use \"auto\""}},
+    {chat_with(R"("tool_choice":{"type":"function","function":{"name":"f"}})"),
+     kInvalid,
+     {"tool_choice", "use \"auto\""}},
+    {chat_with(R"("tool_choice":"any")"), kInvalid, {"tool_choice: \"any\"", "none, auto"}},
+    {chat_with(R"("parallel_tool_calls":1)"), kInvalid, {"parallel_tool_calls: 1"}},
     {R"({"messages":[{"content":"x"}]})", kInvalid, {"messages[0].role", "missing"}},
     {R"({"messages":[{"role":5,"content":"x"}]})", kInvalid, {"messages[0].role", "5"}},
     {R"({"messages":[{"role":"user"}]})", kInvalid, {"messages[0].content", "missing"}},
@@ -295,6 +333,13 @@ TEST_CASE("bad prompts are refused by name", "[table]") {
   };
   for (const auto& bad : bodies)
     check_refused(bad, false);
+}
+
+TEST_CASE("objects that would take seconds to read are refused") {
+  std::string body = R"({"messages":[{"role":"user","content":"x"}],"metadata":{)";
+  for (int i = 0; i < 1025; ++i)
+    body += fmt::format("{}\"k{}\":[1,2]", i > 0 ? "," : "", i);
+  check_refused({body + "}}", kInvalid, {"1025 members", "1024"}}, true);
 }
 
 TEST_CASE("developer turns become system turns and text parts are joined") {

@@ -97,6 +97,19 @@ outcome expected_of(const std::vector<std::int32_t>& ids, const text_stream_opti
   }
   const std::string_view open = "<think>";
   const std::string_view close = "</think>";
+  if (!options.reasoning_open) {
+    const std::size_t first = text.find_first_not_of(" \t\r\n");
+    if (first == std::string::npos || !text.substr(first).starts_with(open)) {
+      o.content = text;
+      return o;
+    }
+    text.erase(0, first + open.size());
+    const std::size_t closed = text.find(close);
+    o.reasoning = text.substr(0, closed);
+    if (closed != std::string::npos)
+      o.content = text.substr(closed + close.size());
+    return o;
+  }
   const std::size_t closed = text.find(close);
   o.reasoning = text.substr(0, closed);
   if (closed != std::string::npos)
@@ -210,12 +223,35 @@ TEST_CASE("text_stream sees the tags even where they are special tokens") {
 }
 
 TEST_CASE("prompts that close the thinking are told from those that open it") {
-  using troupe::model::begins_in_reasoning;
-  CHECK(begins_in_reasoning("<｜Assistant｜><think>\n"));
-  CHECK(begins_in_reasoning("<｜Assistant｜>"));
-  CHECK(begins_in_reasoning(""));
-  CHECK_FALSE(begins_in_reasoning("<｜Assistant｜></think>"));
-  CHECK_FALSE(begins_in_reasoning("<think>\n\n</think>\n\n"));
+  using troupe::model::reasoning_after;
+  using troupe::model::reasoning_start;
+  CHECK(reasoning_after("<｜Assistant｜><think>\n") == reasoning_start::open);
+  CHECK(reasoning_after("<｜Assistant｜>") == reasoning_start::unsaid);
+  CHECK(reasoning_after("") == reasoning_start::unsaid);
+  CHECK(reasoning_after("<｜Assistant｜></think>") == reasoning_start::closed);
+  CHECK(reasoning_after("<think>\n\n</think>\n\n") == reasoning_start::closed);
+  CHECK(reasoning_after("<think></think>x<｜tool▁output▁end｜>") == reasoning_start::unsaid);
+}
+
+TEST_CASE("where the prompt says nothing of reasoning, only the output's first word begins it") {
+  const text_stream_options unsaid{.split_reasoning = true, .reasoning_open = false};
+  const auto of = [&](std::string_view text) { return run(ids_of(text), unsaid); };
+  CHECK(of("<think>\nx</think>y") == outcome{"\nx", "y", false, ""});
+  CHECK(of("\n <think>x</think>y") == outcome{"x", "y", false, ""});
+  CHECK(of("no thought</think>y") == outcome{"", "no thought</think>y", false, ""});
+  CHECK(of("\n\n18 degrees") == outcome{"", "\n\n18 degrees", false, ""});
+  CHECK(of("<thin</think>") == outcome{"", "<thin</think>", false, ""});
+  CHECK(of("\n<") == outcome{"", "\n<", false, ""});
+  CHECK(of("") == outcome{});
+  text_stream stream(mini(), unsaid);
+  CHECK_FALSE(stream.in_reasoning());
+  stream.push(*mini().added_token("<think>"));
+  CHECK(stream.in_reasoning());
+}
+
+TEST_CASE("special tokens stay in the text where they are wanted") {
+  const auto ids = ids_of("a<｜User｜>b<｜Assistant｜>");
+  CHECK(run(ids, {.shown = {"<｜User｜>", "no such token"}}).content == "a<｜User｜>b");
 }
 
 TEST_CASE("text_stream gives the same text for any split into tokens") {
@@ -245,6 +281,7 @@ TEST_CASE("text_stream gives the same text for any split into tokens") {
     options.skip_special = random() % 2 == 0;
     options.include_stop = random() % 2 == 0;
     options.split_reasoning = random() % 2 == 0;
+    options.reasoning_open = random() % 2 == 0;
 
     const outcome wanted = expected_of(ids, options);
     INFO(nlohmann::json(ids).dump() << " stops " << nlohmann::json(options.stop).dump());

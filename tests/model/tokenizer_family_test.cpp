@@ -220,6 +220,23 @@ TEST_CASE("NFC composes, orders marks and knows Unicode 9") {
   CHECK(nfc(nul) == std::string("a\0é", 4));
 }
 
+TEST_CASE("NFC composes syllables with trailing consonants and with nothing below them") {
+  std::string buffer;
+  const auto utf8 = [](std::initializer_list<char32_t> code_points) {
+    std::string text;
+    for (const char32_t c : code_points)
+      troupe::model::append_utf8(text, c);
+    return text;
+  };
+  for (char32_t syllable = 0xAC00; syllable < 0xD7A4; syllable += 28)
+    for (char32_t t = 0; t < 30; ++t) {
+      const auto text = utf8({syllable, 0x11A7 + t, U'a'});
+      const auto wanted = t > 0 && t < 28 ? utf8({syllable + t, U'a'}) : text;
+      REQUIRE(troupe::model::normalize_nfc(text, buffer) == wanted);
+    }
+  CHECK(troupe::model::normalize_nfc("\u1100\u1161\u11A7\u11A8", buffer) == "\uAC00\u11A7\u11A8");
+}
+
 TEST_CASE("encoding takes time in proportion to the text, whatever the text") {
   // 100 KB of one piece: quadratic work would take sixteen times as long for four times the
   // text, and minutes altogether.

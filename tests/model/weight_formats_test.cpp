@@ -4,6 +4,7 @@
 #include "tiny_checkpoint.hpp"
 
 #include "troupe/model/checkpoint.hpp"
+#include "troupe/model/ordered_groups.hpp"
 
 #include <cmath>
 #include <functional>
@@ -71,10 +72,12 @@ std::uint16_t top_half(float value) {
 
 /// Codes of `levels` levels with a scale and a zero point for each group of columns of a row.
 struct codes {
-  codes(int num_rows, int num_cols, int group, int levels, bool with_zeros)
+  codes(int num_rows, int num_cols, int group, int levels, bool with_zeros,
+        std::vector<std::int32_t> group_of_column = {})
     : rows(num_rows),
       cols(num_cols),
       groups((num_cols + group - 1) / group),
+      order(std::move(group_of_column)),
       q(static_cast<std::size_t>(num_rows) * num_cols),
       scales(draw_scales(static_cast<std::size_t>(num_rows) * groups)),
       zeros(scales.size(), levels / 2),
@@ -85,7 +88,8 @@ struct codes {
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < cols; ++c) {
         const auto at = static_cast<std::size_t>(r) * cols + c;
-        const auto g = static_cast<std::size_t>(r) * groups + c / group;
+        const auto g =
+          static_cast<std::size_t>(r) * groups + (order.empty() ? c / group : order[c]);
         q[at] = draw(levels);
         values[at] = static_cast<float>(q[at] - zeros[g]) * scales[g];
         if (levels == 256)
@@ -101,6 +105,7 @@ struct codes {
   float scale(int r, int g) const { return scales[static_cast<std::size_t>(r) * groups + g]; }
 
   int rows, cols, groups;
+  std::vector<std::int32_t> order; ///< group of each column; empty: neighbours
   std::vector<int> q;
   std::vector<float> scales;
   std::vector<int> zeros;
@@ -124,9 +129,9 @@ std::string pack_words(int outer, int inner, int bits, Item&& item) {
 /// QuantLinear.pack of AutoGPTQ (auto_gptq/nn_modules/qlinear/qlinear_cuda.py): the first format
 /// stores zero points less one.
 quantised make_gptq(const std::string& stem, int rows, int cols, int bits, int group, bool less_one,
-                    bool with_order) {
+                    bool with_order, const std::vector<std::int32_t>& by_activation = {}) {
   const int per_word = 32 / bits;
-  const codes w(rows, cols, group, 1 << bits, bits == 4);
+  const codes w(rows, cols, group, 1 << bits, bits == 4, by_activation);
   const int mask = (1 << bits) - 1;
   std::vector<std::uint32_t> weight(static_cast<std::size_t>(cols / per_word) * rows);
   for (int c = 0; c < cols; ++c)
@@ -147,10 +152,19 @@ quantised make_gptq(const std::string& stem, int rows, int cols, int bits, int g
   if (with_order) {
     std::vector<std::int32_t> order;
     for (int c = 0; c < cols; ++c)
-      order.push_back(c / group);
+      order.push_back(by_activation.empty() ? c / group : by_activation[c]);
     result.blobs.push_back({stem + "g_idx", "I32", {cols}, bytes_of(order)});
   }
   return result;
+}
+
+/// Groups of columns that were sorted by their activations: g_idx of GPTQ with desc_act.
+std::vector<std::int32_t> draw_order(int cols, int group) {
+  std::vector<std::int32_t> order(cols);
+  for (int c = 0; c < cols; ++c)
+    order[c] = c / group;
+  std::shuffle(order.begin(), order.end(), random_bits());
+  return order;
 }
 
 /// WQLinear_GEMM.from_linear of AutoAWQ (awq/modules/linear/gemm.py).
@@ -181,8 +195,8 @@ quantised make_awq(const std::string& stem, int rows, int cols, int group) {
 
 /// pack_to_int32 of compressed-tensors (compressors/pack_quantized/helpers.py).
 quantised make_compressed(const std::string& stem, int rows, int cols, int bits, int group,
-                          bool symmetric) {
-  const codes w(rows, cols, group, 1 << bits, !symmetric);
+                          bool symmetric, const std::vector<std::int32_t>& by_activation = {}) {
+  const codes w(rows, cols, group, 1 << bits, !symmetric, by_activation);
   quantised result;
   result.values = w.values;
   std::vector<std::uint16_t> scales;
@@ -195,6 +209,8 @@ quantised make_compressed(const std::string& stem, int rows, int cols, int bits,
      pack_words(rows, cols, bits, [&](int r, int c) { return w.code(r, c); })},
     {stem + "weight_scale", "BF16", {rows, w.groups}, bytes_of(scales)},
     {stem + "weight_shape", "I64", {2}, bytes_of(std::vector<std::int64_t>{rows, cols})}};
+  if (!by_activation.empty())
+    result.blobs.push_back({stem + "weight_g_idx", "I32", {cols}, bytes_of(by_activation)});
   if (!symmetric) {
     std::vector<std::uint32_t> zeros(static_cast<std::size_t>((rows + 7) / 8) * w.groups);
     for (int r = 0; r < rows; ++r)
@@ -386,6 +402,22 @@ TEST_CASE("every weight format computes what its float32 values compute") {
       },
       family);
   }
+  SECTION("GPTQ, columns in the order of activations") {
+    check_format(
+      method("gptq", {{"bits", 4}, {"group_size", 16}, {"desc_act", true}}),
+      [](const auto& stem, int rows, int cols) {
+        return make_gptq(stem, rows, cols, 4, 16, true, true, draw_order(cols, 16));
+      },
+      family);
+  }
+  SECTION("compressed-tensors, columns in the order of activations") {
+    check_format(
+      compressed,
+      [](const auto& stem, int rows, int cols) {
+        return make_compressed(stem, rows, cols, 4, 16, true, draw_order(cols, 16));
+      },
+      family);
+  }
   SECTION("GPTQ, 8 bits") {
     check_format(
       method("gptq", {{"bits", 8}, {"group_size", 32}}),
@@ -466,6 +498,50 @@ TEST_CASE("groups of 64 and 128 columns are unpacked at the quantized size") {
   }
 }
 
+TEST_CASE("columns in the order of activations are multiplied out into the type of the scales") {
+  const int rows = 40, cols = 256, group = 64;
+  for (const int bits : {4, 8}) {
+    const auto made = make_gptq("p.", rows, cols, bits, group, true, true, draw_order(cols, group));
+    const json quantization = method("gptq", {{"bits", bits}, {"group_size", group}});
+    const auto found = find(made, rows, cols, quantization);
+    REQUIRE(found.weight);
+    CHECK(found.weight->type == kernels::element_type::f16);
+    CHECK(found.weight->repacked.size() == std::size_t{rows} * cols * 2);
+    CHECK(found.weight->view().scales == nullptr);
+    auto want = made.values; // 4 bits fit half precision here, 8 bits are rounded to it
+    for (auto& value : want) {
+      const auto half = nearest_f16(value);
+      to_float32(reinterpret_cast<const std::byte*>(&half), kernels::element_type::f16,
+                 {&value, 1});
+    }
+    if (bits == 4)
+      CHECK(want == made.values);
+    CHECK(dequantise(found.weight->view()) == want);
+    REQUIRE(find(made, rows, cols, quantization, weight_loading::check).weight);
+  }
+}
+
+TEST_CASE("the nearest value of half precision") {
+  const auto back = [](std::uint16_t half) {
+    float value = 0.0F;
+    to_float32(reinterpret_cast<const std::byte*>(&half), kernels::element_type::f16, {&value, 1});
+    return value;
+  };
+  for (std::uint32_t half = 0; half < 0x7bff; ++half) {
+    const float low = back(static_cast<std::uint16_t>(half));
+    const float high = back(static_cast<std::uint16_t>(half + 1));
+    const float middle = low + (high - low) / 2.0F; // exact: float32 has 13 bits more
+    REQUIRE(nearest_f16(low) == half);
+    REQUIRE(nearest_f16(-low) == (half | 0x8000U));
+    REQUIRE(nearest_f16(middle) == half + half % 2);
+    REQUIRE(nearest_f16(std::nextafter(middle, 0.0F)) == half);
+    REQUIRE(nearest_f16(std::nextafter(middle, 1e9F)) == half + 1);
+  }
+  CHECK(nearest_f16(65519.0F) == 0x7bff);
+  CHECK(nearest_f16(65520.0F) == 0x7c00);
+  CHECK(nearest_f16(-1e30F) == 0xfc00);
+}
+
 TEST_CASE("packed weights that are not understood are refused with their name") {
   const json gptq = method("gptq", {{"bits", 4}, {"group_size", 32}});
   const auto good = make_gptq("p.", 16, 64, 4, 32, true, true);
@@ -477,9 +553,11 @@ TEST_CASE("packed weights that are not understood are refused with their name") 
   };
   REQUIRE(find(good, 16, 64, gptq).weight);
 
-  auto sorted = good;
-  reinterpret_cast<std::int32_t*>(sorted.blobs[3].bytes.data())[5] = 1;
-  CHECK_THAT(cause(sorted, gptq), Catch::Contains("p.g_idx") && Catch::Contains("desc_act"));
+  for (const std::int32_t group : {2, -1}) {
+    auto beyond = good;
+    std::memcpy(beyond.blobs[3].bytes.data() + 5 * 4, &group, 4);
+    CHECK_THAT(cause(beyond, gptq), Catch::Contains("p.g_idx") && Catch::Contains("column 5"));
+  }
   CHECK_THAT(cause(good, method("gptq", {{"bits", 4}, {"group_size", 64}})),
              Catch::Contains("p.qzeros") && Catch::Contains("[2, 2]"));
   CHECK_THAT(cause(good, method("w8a8_int8")),

@@ -72,7 +72,7 @@ def text(rng, added):
 def neighbours(code):
     """A text with a code point beside letters, digits, punctuation, white space and marks."""
     c = chr(code)
-    return f"\u0345{c}\u0334 a{c}1{c}. {c}{c}\n{c}'{c}\u0301x \U00011935{c} <{c}word"
+    return f"\u0345{c}\u0334 a{c}1{c}. {c}{c}\n{c}'{c}\u0301x \U00011935{c} \uac00{c} \u1100{c} <{c}word"
 
 
 def all_code_points():
