@@ -1,8 +1,8 @@
 #include "harness.hpp"
 
+#include <csignal>
 #include <fstream>
 #include <map>
-#include <set>
 
 #include <catch2/catch.hpp>
 
