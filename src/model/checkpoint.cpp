@@ -89,6 +89,15 @@ bool checkpoint::contains(const std::string& tensor) const {
   return shard_of_.count(tensor) != 0;
 }
 
+std::vector<std::string> checkpoint::tensor_names() const {
+  std::vector<std::string> names;
+  names.reserve(shard_of_.size());
+  for (const auto& [name, shard] : shard_of_)
+    names.push_back(name);
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
 std::string checkpoint::file_of(const std::string& tensor) const {
   const auto found = shard_of_.find(tensor);
   return found == shard_of_.end() ? directory_.string()

@@ -31,6 +31,9 @@ public:
   /// for a missing tensor, a missing shard, a damaged shard, or a shard that lacks the tensor.
   expected<tensor_view> tensor(const std::string& name) override;
 
+  /// The names of all tensors, sorted.
+  std::vector<std::string> tensor_names() const;
+
   /// The file that holds a tensor, for errors; the directory if none does.
   std::string file_of(const std::string& tensor) const override;
 

@@ -127,4 +127,22 @@ std::vector<std::uint8_t> unpack_awq_zeros(const std::byte* words, std::int32_t 
   return unpack_zeros(words, 4, 0, kAwqOrder, num_rows, groups);
 }
 
+std::vector<std::byte> pack_awq(std::span<const std::uint8_t> codes, std::int32_t num_rows,
+                                std::int32_t num_cols) {
+  const auto words_a_col = num_rows / 8;
+  std::vector<std::byte> words(codes.size() / 2);
+  for (std::int32_t tile = 0; tile < num_cols; tile += kTileCols)
+    for (std::int32_t at = 0; at < words_a_col; ++at)
+      for (auto col = tile; col < std::min(num_cols, tile + kTileCols); ++col) {
+        std::uint32_t word = 0;
+        for (int i = 0; i < 8; ++i) {
+          const auto row = static_cast<std::size_t>(at) * 8 + kAwqOrder[i];
+          word |= static_cast<std::uint32_t>(codes[row * num_cols + col]) << (i * 4);
+        }
+        const auto index = static_cast<std::size_t>(col) * words_a_col + at;
+        std::memcpy(words.data() + index * sizeof word, &word, sizeof word);
+      }
+  return words;
+}
+
 } // namespace troupe::model

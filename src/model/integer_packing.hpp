@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 /// How checkpoints pack integers into 32-bit words, and the same values as kernels read them:
@@ -32,5 +33,10 @@ std::vector<std::byte> unpack_awq(const std::byte* words, std::int32_t num_rows,
                                   std::int32_t num_cols);
 std::vector<std::uint8_t> unpack_awq_zeros(const std::byte* words, std::int32_t num_rows,
                                            std::int32_t groups);
+
+/// AWQ's words of codes [num_rows, num_cols], a byte each, 0 to 15: what unpack_awq takes. num_rows
+/// must be a multiple of 8.
+std::vector<std::byte> pack_awq(std::span<const std::uint8_t> codes, std::int32_t num_rows,
+                                std::int32_t num_cols);
 
 } // namespace troupe::model

@@ -21,6 +21,7 @@ void add_ask(CLI::App& app, command& run);
 void add_chat(CLI::App& app, command& run);
 void add_bench(CLI::App& app, command& run);
 void add_drill(CLI::App& app, command& run);
+void add_convert(CLI::App& app, command& run);
 
 /// controller, frontend, node and worker: started by the others.
 void add_processes(CLI::App& app, command& run);

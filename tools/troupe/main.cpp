@@ -53,6 +53,7 @@ int main(int argc, char** argv) {
   troupe::tools::add_plan(app, run);
   troupe::tools::add_bench(app, run);
   troupe::tools::add_drill(app, run);
+  troupe::tools::add_convert(app, run);
   troupe::tools::add_processes(app, run);
   CLI11_PARSE(app, argc, argv);
   return run();
