@@ -1,0 +1,314 @@
+#include "troupe/kernels/cuda/backend.hpp"
+
+#include <algorithm>
+#include <cassert>
+
+/// Weights and products of cuda_ops.
+namespace troupe::kernels::cuda {
+
+namespace {
+
+std::size_t num_scales(const weight_matrix& w) {
+  return static_cast<std::size_t>(ceil_div(w.num_rows, w.block_rows))
+         * ceil_div(w.num_cols, w.block_cols);
+}
+
+packed_type product_type(element_type type) {
+  switch (type) {
+  case element_type::f8_e4m3: return packed_type::f8;
+  case element_type::i8: return packed_type::i8;
+  case element_type::i4: return packed_type::i4;
+  default: return packed_type::bf16;
+  }
+}
+
+} // namespace
+
+std::shared_ptr<void> cuda_ops::upload_weight(const void* from, std::size_t bytes) {
+  auto memory = weight_pool_.take(bytes);
+  if (memory == nullptr) {
+    gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
+    return nullptr;
+  }
+  gpu_.check(cudaMemcpyAsync(memory.get(), from, bytes, cudaMemcpyHostToDevice, stream_),
+             "upload of a weight");
+  return memory;
+}
+
+/// Decides how a weight is stored. Scales must not change inside a block of columns that the
+/// matrix unit sums; other weights are expanded.
+void cuda_ops::choose_packing(const weight_matrix& weight, packed_matrix& to) const {
+  to.num_rows = weight.num_rows;
+  to.num_cols = weight.num_cols;
+  to.type = product_type(weight.type);
+  const bool one_scale = weight.block_cols >= weight.num_cols;
+  if (to.type != packed_type::bf16) {
+    const bool scaled = weight.scales != nullptr || weight.zeros != nullptr;
+    if (scaled && !one_scale && weight.block_cols % kBlockCols != 0) {
+      to.type = packed_type::bf16;
+    } else if (scaled) {
+      to.block_rows = weight.block_rows;
+      to.num_scale_cols = ceil_div(weight.num_cols, weight.block_cols);
+      to.blocks_per_scale = one_scale ? std::max(ceil_div(weight.num_cols, kBlockCols), 1)
+                                      : weight.block_cols / kBlockCols;
+    }
+  }
+  to.num_chunks = ceil_div(weight.num_cols, chunk_cols(to.type));
+}
+
+weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_matrix& on_device) {
+  auto placed = std::make_unique<placed_weight>();
+  const auto count = static_cast<std::size_t>(weight.num_rows) * weight.num_cols;
+  const bool keeps_type = weight.type == element_type::f32 && weight.scales == nullptr;
+  weight_matrix result = weight;
+  result.type = keeps_type ? element_type::f32 : element_type::bf16;
+  result.scales = nullptr;
+  result.zeros = nullptr;
+  placed->data = weight_pool_.take(count * size_of(result.type));
+  if (placed->data == nullptr) {
+    gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
+    return result;
+  }
+  if (keeps_type) {
+    gpu_.check(cudaMemcpyAsync(placed->data.get(), on_device.data, count * sizeof(float),
+                               cudaMemcpyDeviceToDevice, stream_),
+               "copy of a weight");
+  } else {
+    launch_expand(stream_, on_device, static_cast<bf16*>(placed->data.get()));
+    launched("expansion of a weight");
+  }
+  result.data = placed->data.get();
+  weights_.push_back(std::move(placed));
+  return result;
+}
+
+weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
+  weight_matrix result = weight;
+  result.packed = nullptr;
+  if (!begin(weight.num_rows)) {
+    return result;
+  }
+  const auto bytes =
+    static_cast<std::size_t>(weight.num_rows) * row_bytes(weight.type, weight.num_cols);
+  auto* raw = staging_.take<std::byte>(bytes);
+  if (!gpu_.ok()) {
+    return result;
+  }
+  gpu_.check(cudaMemcpyAsync(raw, weight.data, bytes, cudaMemcpyHostToDevice, stream_),
+             "upload of a weight");
+  auto placed = std::make_unique<placed_weight>();
+  weight_matrix on_device = weight;
+  on_device.data = raw;
+  if (weight.scales != nullptr) {
+    placed->scales = upload_weight(weight.scales, num_scales(weight) * sizeof(float));
+    on_device.scales = static_cast<const float*>(placed->scales.get());
+  }
+  if (weight.zeros != nullptr) {
+    placed->zeros = upload_weight(weight.zeros, num_scales(weight));
+    on_device.zeros = static_cast<const std::uint8_t*>(placed->zeros.get());
+  }
+  if (use == weight_use::stored) {
+    result = place_rows(weight, on_device);
+    synchronise(); // scales go away with `placed`
+    return result;
+  }
+  auto& packed = placed->packed;
+  choose_packing(weight, packed);
+  auto* found = static_cast<std::int32_t*>(flag_.get());
+  std::int32_t has_nan = 0;
+  for (;;) {
+    placed->data = weight_pool_.take(packed_bytes(packed.num_rows, packed.num_chunks));
+    if (placed->data == nullptr) {
+      gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
+      return result;
+    }
+    packed.data = placed->data.get();
+    gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
+    launch_pack(stream_, on_device, packed, found);
+    launched("packing of a weight");
+    gpu_.check(
+      cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
+      "copy of a flag");
+    synchronise();
+    if (has_nan == 0 || packed.type == packed_type::bf16) {
+      break;
+    }
+    // Only bf16 can say that it is not a number.
+    packed = {};
+    packed.num_rows = weight.num_rows;
+    packed.num_cols = weight.num_cols;
+    packed.num_chunks = ceil_div(weight.num_cols, chunk_cols(packed.type));
+  }
+  if (packed.type == packed_type::bf16) {
+    placed->scales = nullptr;
+    placed->zeros = nullptr;
+  } else {
+    packed.scales = on_device.scales;
+    packed.zeros = on_device.zeros;
+  }
+  result.data = packed.data;
+  result.scales = packed.scales;
+  result.zeros = packed.zeros;
+  result.packed = &packed;
+  weights_.push_back(std::move(placed));
+  return result;
+}
+
+const packed_matrix& cuda_ops::packed(const weight_matrix& w) const {
+  assert(w.packed != nullptr); // not placed for products
+  return *static_cast<const packed_matrix*>(w.packed);
+}
+
+cuda_ops::readable_rows cuda_ops::make_readable(const rows_view& x, std::int32_t num_groups,
+                                                std::int32_t group_stride, const packed_matrix& w) {
+  const auto width = ceil_div(w.num_cols, kBlockCols) * kBlockCols;
+  const auto address = reinterpret_cast<std::uintptr_t>(x.data);
+  if (width == w.num_cols && address % 16 == 0 && x.stride % 8 == 0 && group_stride % 8 == 0) {
+    return {static_cast<const bf16*>(x.data), x.stride, group_stride};
+  }
+  const auto row_width = static_cast<std::int64_t>(num_groups) * width;
+  auto* copy = padded_.take<bf16>(static_cast<std::size_t>(x.num_rows) * row_width);
+  if (gpu_.ok()) {
+    launch_pad(stream_, as_bf16(x), num_groups, group_stride, w.num_cols, width, copy);
+    launched("padding of rows");
+  }
+  return {copy, row_width, width};
+}
+
+void cuda_ops::multiply(linear_args& args) {
+  if (!gpu_.ok()) {
+    return;
+  }
+  const auto num_multiprocessors = gpu_.num_multiprocessors();
+  switch (args.w.type) {
+  case packed_type::bf16: launch_linear_bf16(stream_, args, num_multiprocessors); break;
+  case packed_type::f8: launch_linear_f8(stream_, args, num_multiprocessors); break;
+  case packed_type::i8: launch_linear_i8(stream_, args, num_multiprocessors); break;
+  case packed_type::i4: launch_linear_i4(stream_, args, num_multiprocessors); break;
+  }
+  launched("linear");
+}
+
+void cuda_ops::multiply_rows(const rows_view& x, const weight_matrix& w, const rows_view& out,
+                             bool float_out) {
+  if (!begin(x.num_rows)) {
+    return;
+  }
+  linear_args args;
+  args.w = packed(w);
+  const auto input = make_readable(x, 1, x.num_cols, args.w);
+  args.job = {args.w.data, args.w.scales, args.w.zeros, input.data, nullptr, out.data, x.num_rows};
+  args.job_cols = args.w.num_rows;
+  args.max_rows = x.num_rows;
+  args.x_stride = input.stride;
+  args.out_stride = out.stride;
+  args.float_out = float_out;
+  multiply(args);
+}
+
+void cuda_ops::linear(const rows_view& x, const weight_matrix& w, const rows_view& out) {
+  multiply_rows(x, w, out, false);
+}
+
+void cuda_ops::logits(const rows_view& x, const weight_matrix& w, const rows_view& out) {
+  multiply_rows(x, w, out, true);
+}
+
+void cuda_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
+                               const weight_matrix& w, std::int32_t num_heads, const rows_view& out,
+                               std::int32_t out_head_stride) {
+  if (!begin(x.num_rows)) {
+    return;
+  }
+  linear_args args;
+  args.w = packed(w);
+  assert(args.w.type == packed_type::bf16 && args.w.num_rows % num_heads == 0);
+  args.job_cols = args.row_step = args.w.num_rows / num_heads;
+  const auto input = make_readable(x, num_heads, x_head_stride, args.w);
+  args.job = {args.w.data, nullptr, nullptr, input.data, nullptr, out.data, x.num_rows};
+  args.num_jobs = num_heads;
+  args.max_rows = x.num_rows;
+  args.x_step = input.group_stride;
+  args.out_step = out_head_stride;
+  args.x_stride = input.stride;
+  args.out_stride = out.stride;
+  multiply(args);
+}
+
+void cuda_ops::multiply_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
+                             std::span<const expert_task> tasks,
+                             std::span<const expert_weights> experts,
+                             weight_matrix expert_weights::*part, void* out,
+                             std::int64_t out_stride) {
+  linear_args args;
+  args.x_stride = x_stride;
+  args.out_stride = out_stride;
+  jobs_.clear();
+  const auto flush = [&] {
+    args.num_jobs = static_cast<std::int32_t>(jobs_.size());
+    if (args.num_jobs > 0) {
+      args.jobs = ring_.put(std::span<const linear_job>(jobs_));
+      multiply(args);
+    }
+    jobs_.clear();
+    args.max_rows = 0;
+  };
+  for (std::size_t first = 0; first < tasks.size();) {
+    auto last = first + 1;
+    while (last < tasks.size() && tasks[last].expert == tasks[first].expert) {
+      ++last;
+    }
+    const auto& w = packed(experts[tasks[first].expert].*part);
+    const bool same = w.type == args.w.type && w.num_rows == args.w.num_rows
+                      && w.num_cols == args.w.num_cols && w.block_rows == args.w.block_rows
+                      && w.num_scale_cols == args.w.num_scale_cols;
+    if (!jobs_.empty() && !same) {
+      flush();
+    }
+    args.w = w;
+    args.job_cols = w.num_rows;
+    linear_job job{w.data, w.scales, w.zeros, x, nullptr, nullptr, 0};
+    job.rows = task_rows == nullptr ? nullptr : task_rows + first;
+    job.x = task_rows == nullptr ? x + static_cast<std::int64_t>(first) * x_stride : x;
+    job.out = static_cast<bf16*>(out) + static_cast<std::int64_t>(first) * out_stride;
+    job.num_rows = static_cast<std::int32_t>(last - first);
+    args.max_rows = std::max(args.max_rows, job.num_rows);
+    jobs_.push_back(job);
+    first = last;
+  }
+  flush();
+}
+
+void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
+                       std::span<const expert_weights> experts, const rows_view& out) {
+  const auto num_tasks = static_cast<std::int32_t>(tasks.size());
+  if (!begin(num_tasks)) {
+    return;
+  }
+  task_rows_.clear();
+  std::int32_t widest = 0;
+  for (const auto& task : tasks) {
+    task_rows_.push_back(task.row);
+    widest = std::max(widest, experts[task.expert].gate.num_rows);
+  }
+  const auto* rows = ring_.put(std::span<const std::int32_t>(task_rows_));
+  const auto size = static_cast<std::size_t>(num_tasks) * widest;
+  rows_view gate{gates_.take<bf16>(size), num_tasks, widest, widest};
+  const rows_view up{ups_.take<bf16>(size), num_tasks, widest, widest};
+  if (!gpu_.ok()) {
+    return;
+  }
+  const auto& one = experts[tasks.front().expert];
+  const auto input = make_readable(x, 1, x.num_cols, packed(one.gate));
+  multiply_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::gate, gate.data,
+                widest);
+  multiply_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::up, up.data,
+                widest);
+  launch_swiglu(stream_, as_bf16(gate), as_bf16(up), as_bf16(gate));
+  launched("swiglu of experts");
+  const auto middle = make_readable(gate, 1, widest, packed(one.down));
+  multiply_runs(middle.data, middle.stride, nullptr, tasks, experts, &expert_weights::down,
+                out.data, out.stride);
+}
+
+} // namespace troupe::kernels::cuda
