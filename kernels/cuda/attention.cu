@@ -1,4 +1,5 @@
 #include "troupe/kernels/cuda/device.cuh"
+#include "troupe/kernels/cuda/latent_attention.hpp"
 
 #include <cmath>
 
@@ -130,6 +131,11 @@ void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
                              const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
                              const device_pages& pages, const rows_of_bf16& out) {
+  if (pages.first_width == kWideLatent && pages.second_width == kWideRope) {
+    launch_wide_latent_attention(stream, q_latent, q_rope, q_rope_head_stride, num_heads, scale,
+                                 batch, pages, out);
+    return;
+  }
   const dim3 grid(num_heads, q_latent.num_rows);
   latent_attention<<<grid, kThreads,
                      memory_of(pages.first_width + pages.second_width, pages.first_width),

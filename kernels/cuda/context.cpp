@@ -9,7 +9,7 @@ namespace troupe::kernels::cuda {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
-constexpr std::size_t kRingBytes = std::size_t{4} << 20;
+constexpr std::size_t kRingBytes = std::size_t{16} << 20;
 
 std::size_t aligned(std::size_t bytes) {
   return std::max<std::size_t>((bytes + kAlignment - 1) / kAlignment, 1) * kAlignment;

@@ -7,7 +7,7 @@
 // which is scaled and added in float32, in order; the parts are added in order. The kernel for many
 // rows (linear_many.cuh) does the same in another shape.
 
-#include "troupe/kernels/cuda/mma.cuh"
+#include "troupe/kernels/cuda/linear_many.cuh"
 
 namespace troupe::kernels::cuda {
 
@@ -186,7 +186,15 @@ void launch_typed(cudaStream_t stream, const linear_args& args, std::int32_t num
   const auto num_groups =
     std::int64_t{ceil_div(args.job_cols, kTileRows)} * args.num_jobs * num_splits(args.w.num_cols)
     / kLinearWarps;
-  if (args.max_rows > 8) {
+  if (args.max_rows > 32) {
+    const auto num_large = std::int64_t{ceil_div(args.job_cols, 128)} * args.num_jobs
+                           * ceil_div(args.max_rows, 128);
+    if (args.max_rows > 64 && num_large >= num_multiprocessors) {
+      launch_many<Type, 4, 4>(stream, args);
+    } else {
+      launch_many<Type, 2, 2>(stream, args);
+    }
+  } else if (args.max_rows > 8) {
     launch_few<Type, 1, 4>(stream, args);
   } else if (num_groups < 4 * std::int64_t{num_multiprocessors}) {
     launch_few<Type, 1, 1>(stream, args);

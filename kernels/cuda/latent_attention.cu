@@ -1,0 +1,274 @@
+#include "troupe/kernels/cuda/latent_attention.hpp"
+
+#include <cmath>
+
+#include <cooperative_groups.h>
+
+#include "troupe/kernels/cuda/mma.cuh"
+
+/// Absorbed latent attention on the matrix unit: the heads of a row are the rows of the product, so
+/// decoding is a matrix product too. A block computes 32 heads of one row over a part of its keys;
+/// up to four blocks (a cluster) share the keys of a row and add their parts in order. Tiles of 64
+/// keys and the cuts between blocks depend on the position of the row alone, so its bits do not
+/// depend on who else is in the batch.
+namespace troupe::kernels::cuda {
+
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kThreads = 256;
+constexpr int kHeads = 32;
+constexpr int kKeys = 64;
+constexpr int kWidth = kWideLatent + kWideRope;
+constexpr int kPitch = kWidth + 8; ///< elements; spreads the rows over the banks
+constexpr int kParts = 4;
+constexpr int kTilesOfPart = 4; ///< fewer are not worth a block of their own
+
+struct attention_memory {
+  bf16 query[kHeads][kPitch];
+  bf16 keys[2][kKeys][kPitch];
+  float scores[kHeads][kKeys + 4];
+  bf16 powers[kHeads][kKeys + 8];
+  float shrink[kHeads];
+  float largest[kHeads];
+  float total[kHeads];
+};
+
+/// What a block leaves for the others of its cluster, over the keys.
+struct attention_part {
+  float sums[kHeads][kWideLatent];
+};
+static_assert(sizeof(attention_part) <= sizeof(attention_memory::keys));
+
+__device__ void load_matrices(std::uint32_t (&to)[4], const bf16* row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
+__device__ void load_transposed(std::uint32_t (&to)[4], const bf16* row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
+__device__ void copy_16(void* to, const void* from, bool inside) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(inside ? 16 : 0));
+}
+
+__global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
+  wide_latent_attention(rows_of_bf16 q_latent, rows_of_bf16 q_rope,
+                        std::int32_t q_rope_head_stride, std::int32_t num_heads, float scale,
+                        device_batch batch, device_pages pages, rows_of_bf16 out) {
+  extern __shared__ __align__(128) unsigned char raw_memory[];
+  auto& memory = *reinterpret_cast<attention_memory*>(raw_memory);
+  auto& part = *reinterpret_cast<attention_part*>(memory.keys);
+  const auto cluster = cg::this_cluster();
+  const auto row = static_cast<std::int32_t>(blockIdx.z);
+  const std::int32_t first_head = blockIdx.y * kHeads;
+  const std::int32_t length = batch.positions[row] + 1;
+  const std::int32_t num_tiles = ceil_div(length, kKeys);
+  const std::int32_t num_parts = min(kParts, ceil_div(num_tiles, kTilesOfPart));
+  const auto rank = static_cast<std::int32_t>(cluster.block_rank());
+  const std::int32_t first_tile = num_tiles * rank / num_parts;
+  const std::int32_t last_tile = rank < num_parts ? num_tiles * (rank + 1) / num_parts : first_tile;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+
+  const auto load_keys = [&](std::int32_t tile) {
+    if (tile < last_tile) {
+      constexpr int kPieces = kWidth / 8;
+      for (int i = threadIdx.x; i < kKeys * kPieces; i += kThreads) {
+        const int key = i / kPieces;
+        const int piece = i % kPieces;
+        const std::int32_t position = tile * kKeys + key;
+        const bool inside = position < length;
+        const auto place = inside ? place_of(batch, pages, row, position) : 0;
+        copy_16(&memory.keys[tile % 2][key][piece * 8], pages.data + place + piece * 8, inside);
+      }
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+
+  float sums[2][8][4] = {}; // [tile of heads][8 dimensions each][of a lane]
+  if (rank < num_parts) {
+    load_keys(first_tile);
+    for (int i = threadIdx.x; i < kHeads * (kWidth / 8); i += kThreads) {
+      const int head = i / (kWidth / 8);
+      const int col = i % (kWidth / 8) * 8;
+      const std::int64_t index = first_head + head;
+      const bf16* from =
+        col < kWideLatent
+          ? q_latent.data + row * q_latent.stride + index * kWideLatent + col
+          : q_rope.data + row * q_rope.stride + index * q_rope_head_stride + (col - kWideLatent);
+      for (int j = 0; j < 8; ++j) {
+        memory.query[head][col + j] = index < num_heads ? from[j] : __float2bfloat16_rn(0.0F);
+      }
+    }
+    if (threadIdx.x < kHeads) {
+      memory.largest[threadIdx.x] = -INFINITY;
+      memory.total[threadIdx.x] = 0.0F;
+    }
+    for (std::int32_t tile = first_tile; tile < last_tile; ++tile) {
+      load_keys(tile + 1);
+      asm volatile("cp.async.wait_group 1;");
+      __syncthreads();
+      const auto& keys = memory.keys[tile % 2];
+
+      // Scores: a warp has 16 heads and 16 keys.
+      {
+        const int heads = warp % 2 * 16;
+        const int first_key = warp / 2 * 16;
+        float scores[2][4] = {};
+        const bf16* a_row = &memory.query[heads + lane % 16][lane / 16 * 8];
+        const bf16* b_row = &keys[first_key + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
+#pragma unroll 6
+        for (int k = 0; k < kWidth; k += 16) {
+          std::uint32_t a[4];
+          std::uint32_t b[4];
+          load_matrices(a, a_row + k);
+          load_matrices(b, b_row + k);
+          multiply_tile(scores[0], a, b[0], b[1]);
+          multiply_tile(scores[1], a, b[2], b[3]);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
+            const bool seen = tile * kKeys + key < length;
+            memory.scores[heads + i / 2 * 8 + lane / 4][key] =
+              seen ? scores[n][i] * scale : -INFINITY;
+          }
+        }
+      }
+      __syncthreads();
+
+      // Softmax: a warp has four heads, a lane two keys of each.
+#pragma unroll
+      for (int j = 0; j < kHeads / 8; ++j) {
+        const int head = warp * (kHeads / 8) + j;
+        const float first = memory.scores[head][lane];
+        const float second = memory.scores[head][lane + 32];
+        const float before = memory.largest[head];
+        const float best = fmaxf(before, warp_max(fmaxf(first, second)));
+        const float a = exp2f((first - best) * 1.44269504F);
+        const float b = exp2f((second - best) * 1.44269504F);
+        memory.powers[head][lane] = __float2bfloat16_rn(a);
+        memory.powers[head][lane + 32] = __float2bfloat16_rn(b);
+        const float added = warp_sum(a + b);
+        if (lane == 0) {
+          const float shrink = exp2f((before - best) * 1.44269504F);
+          memory.shrink[head] = shrink;
+          memory.largest[head] = best;
+          memory.total[head] = memory.total[head] * shrink + added;
+        }
+      }
+      __syncthreads();
+
+      // Weighted latents: a warp has all heads and 64 dimensions.
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const float upper = memory.shrink[m * 16 + lane / 4];
+        const float lower = memory.shrink[m * 16 + 8 + lane / 4];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          sums[m][n][0] *= upper;
+          sums[m][n][1] *= upper;
+          sums[m][n][2] *= lower;
+          sums[m][n][3] *= lower;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kKeys; k += 16) {
+        std::uint32_t a[2][4];
+        load_matrices(a[0], &memory.powers[lane % 16][k + lane / 16 * 8]);
+        load_matrices(a[1], &memory.powers[16 + lane % 16][k + lane / 16 * 8]);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+          std::uint32_t b[4];
+          load_transposed(b, &keys[k + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]);
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            multiply_tile(sums[m][n], a[m], b[0], b[1]);
+            multiply_tile(sums[m][n + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+      __syncthreads(); // keys, scores and powers are written again
+    }
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          part.sums[m * 16 + i / 2 * 8 + lane / 4][warp * 64 + n * 8 + lane % 4 * 2 + i % 2] =
+            sums[m][n][i];
+        }
+      }
+    }
+  }
+  cluster.sync();
+  if (rank < num_parts) {
+    const int dims = kWideLatent / num_parts; // of each block; 512 / 3 leaves two to the last
+    const int first_dim = rank * dims;
+    const int last_dim = rank + 1 == num_parts ? kWideLatent : first_dim + dims;
+    for (int head = warp; head < kHeads; head += kThreads / 32) {
+      if (first_head + head >= num_heads) {
+        break;
+      }
+      float largest[kParts];
+      float weight[kParts];
+      float best = -INFINITY;
+      float total = 0.0F;
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        largest[p] =
+          p < num_parts ? *cluster.map_shared_rank(&memory.largest[head], p) : -INFINITY;
+        best = fmaxf(best, largest[p]);
+      }
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        weight[p] = exp2f((largest[p] - best) * 1.44269504F);
+        if (p < num_parts) {
+          total += weight[p] * *cluster.map_shared_rank(&memory.total[head], p);
+        }
+      }
+      bf16* to = out.data + row * out.stride + std::int64_t{first_head + head} * kWideLatent;
+      for (int dim = first_dim + lane; dim < last_dim; dim += 32) {
+        float sum = 0.0F;
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          if (p < num_parts) {
+            sum += weight[p] * *cluster.map_shared_rank(&part.sums[head][dim], p);
+          }
+        }
+        to[dim] = __float2bfloat16_rn(sum / total);
+      }
+    }
+  }
+  cluster.sync(); // nobody leaves while its memory is read
+}
+
+} // namespace
+
+void launch_wide_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
+                                  const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
+                                  std::int32_t num_heads, float scale, const device_batch& batch,
+                                  const device_pages& pages, const rows_of_bf16& out) {
+  constexpr auto kBytes = static_cast<int>(sizeof(attention_memory));
+  cudaFuncSetAttribute(wide_latent_attention, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const dim3 grid(kParts, ceil_div(num_heads, kHeads), q_latent.num_rows);
+  wide_latent_attention<<<grid, kThreads, kBytes, stream>>>(
+    q_latent, q_rope, q_rope_head_stride, num_heads, scale, batch, pages, out);
+}
+
+} // namespace troupe::kernels::cuda
