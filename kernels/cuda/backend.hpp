@@ -99,9 +99,15 @@ private:
   void multiply(linear_args& args);
   void multiply_rows(const rows_view& x, const weight_matrix& w, const rows_view& out,
                      bool float_out);
-  void multiply_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
-                     std::span<const expert_task> tasks, std::span<const expert_weights> experts,
-                     weight_matrix expert_weights::*part, void* out, std::int64_t out_stride);
+  /// Neighbouring tasks of one expert, as a product.
+  struct run {
+    linear_job job;
+    const packed_matrix* w;
+  };
+  void queue_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
+                  std::span<const expert_task> tasks, std::span<const expert_weights> experts,
+                  weight_matrix expert_weights::*part, void* out, std::int64_t out_stride);
+  void multiply_runs(std::int64_t x_stride, std::int64_t out_stride);
 
   context gpu_;
   cudaStream_t stream_;
@@ -116,6 +122,7 @@ private:
   scratch staging_, padded_, router_logits_, results_, gates_, ups_, allowed_;
   std::shared_ptr<void> flag_; ///< one number
   std::vector<std::unique_ptr<placed_weight>> weights_;
+  std::vector<run> runs_;
   std::vector<linear_job> jobs_;
   std::vector<std::int32_t> task_rows_;
   std::vector<device_sampling> sampling_;

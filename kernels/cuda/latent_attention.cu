@@ -80,16 +80,18 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
+  // Four threads a key, each with every fourth piece of 16 bytes.
+  const int my_key = threadIdx.x / 4;
   const auto load_keys = [&](std::int32_t tile) {
     if (tile < last_tile) {
-      constexpr int kPieces = kWidth / 8;
-      for (int i = threadIdx.x; i < kKeys * kPieces; i += kThreads) {
-        const int key = i / kPieces;
-        const int piece = i % kPieces;
-        const std::int32_t position = tile * kKeys + key;
-        const bool inside = position < length;
-        const auto place = inside ? place_of(batch, pages, row, position) : 0;
-        copy_16(&memory.keys[tile % 2][key][piece * 8], pages.data + place + piece * 8, inside);
+      const std::int32_t position = tile * kKeys + my_key;
+      const bool inside = position < length;
+      const bf16* from =
+        pages.data + (inside ? place_of(batch, pages, row, position) : 0) + threadIdx.x % 4 * 8;
+      bf16* to = &memory.keys[tile % 2][my_key][threadIdx.x % 4 * 8];
+#pragma unroll
+      for (int i = 0; i < kWidth / 32; ++i) {
+        copy_16(to + i * 32, from + i * 32, inside);
       }
     }
     asm volatile("cp.async.commit_group;");
@@ -97,7 +99,6 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
 
   float sums[2][8][4] = {}; // [tile of heads][8 dimensions each][of a lane]
   if (rank < num_parts) {
-    load_keys(first_tile);
     for (int i = threadIdx.x; i < kHeads * (kWidth / 8); i += kThreads) {
       const int head = i / (kWidth / 8);
       const int col = i % (kWidth / 8) * 8;
@@ -106,10 +107,10 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
         col < kWideLatent
           ? q_latent.data + row * q_latent.stride + index * kWideLatent + col
           : q_rope.data + row * q_rope.stride + index * q_rope_head_stride + (col - kWideLatent);
-      for (int j = 0; j < 8; ++j) {
-        memory.query[head][col + j] = index < num_heads ? from[j] : __float2bfloat16_rn(0.0F);
-      }
+      copy_16(&memory.query[head][col], index < num_heads ? from : q_latent.data,
+              index < num_heads);
     }
+    load_keys(first_tile);
     if (threadIdx.x < kHeads) {
       memory.largest[threadIdx.x] = -INFINITY;
       memory.total[threadIdx.x] = 0.0F;
@@ -124,7 +125,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       {
         const int heads = warp % 2 * 16;
         const int first_key = warp / 2 * 16;
-        float scores[2][4] = {};
+        float scores[2][2][4] = {}; // even and odd steps apart, so that less waits in line
         const bf16* a_row = &memory.query[heads + lane % 16][lane / 16 * 8];
         const bf16* b_row = &keys[first_key + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
 #pragma unroll 6
@@ -133,8 +134,8 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
           std::uint32_t b[4];
           load_matrices(a, a_row + k);
           load_matrices(b, b_row + k);
-          multiply_tile(scores[0], a, b[0], b[1]);
-          multiply_tile(scores[1], a, b[2], b[3]);
+          multiply_tile(scores[k / 16 % 2][0], a, b[0], b[1]);
+          multiply_tile(scores[k / 16 % 2][1], a, b[2], b[3]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -143,7 +144,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
             const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
             const bool seen = tile * kKeys + key < length;
             memory.scores[heads + i / 2 * 8 + lane / 4][key] =
-              seen ? scores[n][i] * scale : -INFINITY;
+              seen ? (scores[0][n][i] + scores[1][n][i]) * scale : -INFINITY;
           }
         }
       }

@@ -235,48 +235,56 @@ void cuda_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
   multiply(args);
 }
 
-void cuda_ops::multiply_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
-                             std::span<const expert_task> tasks,
-                             std::span<const expert_weights> experts,
-                             weight_matrix expert_weights::*part, void* out,
-                             std::int64_t out_stride) {
-  linear_args args;
-  args.x_stride = x_stride;
-  args.out_stride = out_stride;
-  jobs_.clear();
-  const auto flush = [&] {
-    args.num_jobs = static_cast<std::int32_t>(jobs_.size());
-    if (args.num_jobs > 0) {
-      args.jobs = ring_.put(std::span<const linear_job>(jobs_));
-      multiply(args);
-    }
-    jobs_.clear();
-    args.max_rows = 0;
-  };
+void cuda_ops::queue_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
+                          std::span<const expert_task> tasks,
+                          std::span<const expert_weights> experts,
+                          weight_matrix expert_weights::*part, void* out, std::int64_t out_stride) {
   for (std::size_t first = 0; first < tasks.size();) {
     auto last = first + 1;
     while (last < tasks.size() && tasks[last].expert == tasks[first].expert) {
       ++last;
     }
     const auto& w = packed(experts[tasks[first].expert].*part);
-    const bool same = w.type == args.w.type && w.num_rows == args.w.num_rows
-                      && w.num_cols == args.w.num_cols && w.block_rows == args.w.block_rows
-                      && w.num_scale_cols == args.w.num_scale_cols;
-    if (!jobs_.empty() && !same) {
-      flush();
-    }
-    args.w = w;
-    args.job_cols = w.num_rows;
     linear_job job{w.data, w.scales, w.zeros, x, nullptr, nullptr, 0};
     job.rows = task_rows == nullptr ? nullptr : task_rows + first;
     job.x = task_rows == nullptr ? x + static_cast<std::int64_t>(first) * x_stride : x;
     job.out = static_cast<bf16*>(out) + static_cast<std::int64_t>(first) * out_stride;
     job.num_rows = static_cast<std::int32_t>(last - first);
-    args.max_rows = std::max(args.max_rows, job.num_rows);
-    jobs_.push_back(job);
+    runs_.push_back({job, &w});
     first = last;
   }
-  flush();
+}
+
+/// Runs of the same shape and of about the same number of rows go together.
+void cuda_ops::multiply_runs(std::int64_t x_stride, std::int64_t out_stride) {
+  const auto size_class = [](const run& one) {
+    return one.job.num_rows <= 8 ? 0 : one.job.num_rows <= 32 ? 1 : 2;
+  };
+  const auto same_kind = [&](const run& a, const run& b) {
+    return size_class(a) == size_class(b) && a.w->type == b.w->type
+           && a.w->num_rows == b.w->num_rows && a.w->num_cols == b.w->num_cols
+           && a.w->block_rows == b.w->block_rows && a.w->num_scale_cols == b.w->num_scale_cols;
+  };
+  while (!runs_.empty()) {
+    const auto rest = std::partition(runs_.begin(), runs_.end(), [&, kind = runs_.back()](
+                                                                   const run& one) {
+      return !same_kind(one, kind);
+    });
+    linear_args args;
+    args.x_stride = x_stride;
+    args.out_stride = out_stride;
+    args.w = *rest->w;
+    args.job_cols = args.w.num_rows;
+    args.num_jobs = static_cast<std::int32_t>(runs_.end() - rest);
+    jobs_.clear();
+    for (auto one = rest; one != runs_.end(); ++one) {
+      jobs_.push_back(one->job);
+      args.max_rows = std::max(args.max_rows, one->job.num_rows);
+    }
+    args.jobs = ring_.put(std::span<const linear_job>(jobs_));
+    multiply(args);
+    runs_.erase(rest, runs_.end());
+  }
 }
 
 void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
@@ -300,15 +308,16 @@ void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
   }
   const auto& one = experts[tasks.front().expert];
   const auto input = make_readable(x, 1, x.num_cols, packed(one.gate));
-  multiply_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::gate, gate.data,
-                widest);
-  multiply_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::up, up.data,
-                widest);
+  queue_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::gate, gate.data,
+             widest);
+  queue_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::up, up.data, widest);
+  multiply_runs(input.stride, widest);
   launch_swiglu(stream_, as_bf16(gate), as_bf16(up), as_bf16(gate));
   launched("swiglu of experts");
   const auto middle = make_readable(gate, 1, widest, packed(one.down));
-  multiply_runs(middle.data, middle.stride, nullptr, tasks, experts, &expert_weights::down,
-                out.data, out.stride);
+  queue_runs(middle.data, middle.stride, nullptr, tasks, experts, &expert_weights::down, out.data,
+             out.stride);
+  multiply_runs(middle.stride, out.stride);
 }
 
 } // namespace troupe::kernels::cuda

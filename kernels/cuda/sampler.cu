@@ -7,8 +7,8 @@ namespace troupe::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kBins = 2048;
-constexpr int kListSize = 2048;
+constexpr int kBins = 2048; ///< two for each thread
+constexpr int kListSize = 1024; ///< one for each thread
 
 /// Below this the distribution has collapsed on its best token (vLLM draws the same line).
 constexpr float kGreedyTemperature = 1e-5F;
@@ -99,40 +99,50 @@ struct candidates {
     return static_cast<count64>(__double2ll_rn(static_cast<double>(value) * kUnits));
   }
 
-  /// Falls with the rank. NaN and what is too far below the best end in the last bin.
+  /// Rises as logits fall, from 0 to kBins - 1, where NaN and what is far below the best are too.
   __device__ int bin(float logit) const {
     const float place = (best - logit) / temperature * (kBins / 29.0F);
     return place < kBins - 1 ? static_cast<int>(place) : kBins - 1;
   }
+
+  /// The same within a bin.
+  __device__ int fine_bin(float logit) const {
+    const float place = (best - logit) / temperature * (kBins / 29.0F);
+    const float within = (place - static_cast<float>(bin(logit))) * kBins;
+    return within < kBins - 1 ? static_cast<int>(within) : kBins - 1;
+  }
 };
 
 struct sampler_memory {
-  count64 block[32];
-  count64 list[kListSize]; ///< ranks
+  count64 block[kThreads / 32];
+  count64 ranks[kListSize];
+  count64 amounts[kListSize];
   std::uint32_t low[kBins];
   std::uint32_t high[kBins];
   std::int32_t list_size;
   std::int32_t bin;
   count64 before; ///< what the bins before `bin` hold
+  count64 total;
 };
 
-/// The rank of the first token, in order, with which more than `threshold` units (or tokens) have
-/// been counted; the last candidate where they are not that many.
-__device__ count64 select(const candidates& from, count64 threshold, bool by_count,
-                          sampler_memory& memory) {
+/// Counts the candidates of a bin (-1: all) by bins of their own and leaves in `memory` the one in
+/// which `threshold` is passed, or the last that holds any.
+__device__ void find_bin(const candidates& from, count64 before, count64 threshold, bool by_count,
+                         int coarse, sampler_memory& memory) {
   for (int i = threadIdx.x; i < kBins; i += kThreads) {
     memory.low[i] = 0;
     memory.high[i] = 0;
   }
-  if (threadIdx.x == 0) {
-    memory.list_size = 0;
-  }
   __syncthreads();
   for (std::int32_t t = threadIdx.x; t < from.num_tokens; t += kThreads) {
+    const float logit = from.logits[t];
+    if (coarse >= 0 && from.bin(logit) != coarse) {
+      continue;
+    }
     const count64 units = from.units(t);
     if (units != 0) {
       const count64 amount = by_count ? 1 : units;
-      const int bin = from.bin(from.logits[t]);
+      const int bin = coarse < 0 ? from.bin(logit) : from.fine_bin(logit);
       const auto low = static_cast<std::uint32_t>(amount);
       const std::uint32_t old = atomicAdd(&memory.low[bin], low);
       const std::uint32_t carry = old + low < old ? 1 : 0;
@@ -143,70 +153,113 @@ __device__ count64 select(const candidates& from, count64 threshold, bool by_cou
     }
   }
   __syncthreads();
+  // Sums of all bins up to the two of each thread.
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int bin = 2 * threadIdx.x;
+  const count64 first = count64{memory.high[bin]} << 32 | memory.low[bin];
+  const count64 second = count64{memory.high[bin + 1]} << 32 | memory.low[bin + 1];
+  count64 sum = first + second;
+  for (int step = 1; step < 32; step *= 2) {
+    const count64 other = __shfl_up_sync(kAllLanes, sum, step);
+    sum += lane >= step ? other : 0;
+  }
+  if (lane == 31) {
+    memory.block[warp] = sum;
+  }
+  __syncthreads();
+  count64 total = before;
+  for (int i = 0; i < kThreads / 32; ++i) {
+    if (i == warp) {
+      sum += total;
+    }
+    total += memory.block[i];
+  }
+  threshold = min(threshold, total - 1);
+  const count64 middle = sum - second;
+  const count64 begin = middle - first;
+  if (begin <= threshold && threshold < sum) {
+    memory.bin = threshold < middle ? bin : bin + 1;
+    memory.before = threshold < middle ? begin : middle;
+  }
   if (threadIdx.x == 0) {
-    count64 sum = 0;
-    count64 before = 0;
-    int bin = 0;
-    for (int i = 0; i < kBins; ++i) {
-      const count64 here = count64{memory.high[i]} << 32 | memory.low[i];
-      if (here != 0) {
-        bin = i;
-        before = sum;
-        sum += here;
-        if (sum > threshold) {
-          break;
-        }
-      }
-    }
-    memory.bin = bin;
-    memory.before = before;
+    memory.total = total;
   }
   __syncthreads();
-  const int bin = memory.bin;
-  const count64 before = memory.before;
-  for (std::int32_t t = threadIdx.x; t < from.num_tokens; t += kThreads) {
-    if (from.bin(from.logits[t]) == bin && from.units(t) != 0) {
-      const std::int32_t at = atomicAdd(&memory.list_size, 1);
-      if (at < kListSize) {
-        memory.list[at] = rank_of(from.logits[t], t);
+}
+
+/// The rank of the first token, in order, with which more than `threshold` units (or tokens) have
+/// been counted; the last candidate where they are not that many.
+__device__ count64 select(const candidates& from, count64 threshold, bool by_count,
+                          sampler_memory& memory) {
+  find_bin(from, 0, threshold, by_count, -1, memory);
+  threshold = min(threshold, memory.total - 1);
+  const int coarse = memory.bin;
+  count64 before = memory.before;
+  int fine = -1;
+  std::int32_t size = 0;
+  for (int round = 0; round < 2; ++round) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      memory.list_size = 0;
+    }
+    __syncthreads();
+    for (std::int32_t t = threadIdx.x; t < from.num_tokens; t += kThreads) {
+      const float logit = from.logits[t];
+      if (from.bin(logit) == coarse && (fine < 0 || from.fine_bin(logit) == fine)) {
+        const count64 units = from.units(t);
+        if (units != 0) {
+          const std::int32_t at = atomicAdd(&memory.list_size, 1);
+          if (at < kListSize) {
+            memory.ranks[at] = rank_of(logit, t);
+            memory.amounts[at] = by_count ? 1 : units;
+          }
+        }
       }
     }
+    __syncthreads();
+    size = memory.list_size;
+    if (size <= kListSize || fine >= 0) {
+      break;
+    }
+    find_bin(from, before, threshold, by_count, coarse, memory);
+    fine = memory.bin;
+    before = memory.before;
   }
-  __syncthreads();
-  const std::int32_t size = memory.list_size;
-  // Halving the range of ranks; the list is in any order, and sums of whole numbers have none.
-  const auto count_up_to = [&](count64 rank) {
-    count64 sum = 0;
-    if (size <= kListSize) {
-      for (std::int32_t i = threadIdx.x; i < size; i += kThreads) {
-        if (memory.list[i] <= rank) {
-          sum += by_count ? 1 : from.units(static_cast<std::int32_t>(memory.list[i]));
-        }
+  if (size <= kListSize) {
+    count64 mine = ~count64{0};
+    if (static_cast<std::int32_t>(threadIdx.x) < size) {
+      mine = memory.ranks[threadIdx.x];
+      count64 sum = before;
+      for (std::int32_t i = 0; i < size; ++i) {
+        sum += memory.ranks[i] <= mine ? memory.amounts[i] : 0;
       }
-    } else {
-      for (std::int32_t t = threadIdx.x; t < from.num_tokens; t += kThreads) {
-        const float logit = from.logits[t];
-        if (from.bin(logit) == bin && rank_of(logit, t) <= rank) {
-          const count64 units = from.units(t);
-          sum += by_count ? (units != 0 ? 1 : 0) : units;
-        }
-      }
+      mine = sum > threshold ? mine : ~count64{0};
     }
-    return before + block_total(sum, memory.block);
-  };
-  const count64 all = count_up_to(~count64{0});
-  threshold = min(threshold, all - 1);
+    const count64 found = block_min(mine, memory.block);
+    __syncthreads(); // the memory is used again
+    return found;
+  }
+  // Very many logits are (almost) equal: halve the range of ranks.
   count64 lowest = 0;
   count64 highest = ~count64{0};
   while (lowest < highest) {
     const count64 middle = lowest + (highest - lowest) / 2;
-    if (count_up_to(middle) > threshold) {
+    count64 sum = 0;
+    for (std::int32_t t = threadIdx.x; t < from.num_tokens; t += kThreads) {
+      const float logit = from.logits[t];
+      if (from.bin(logit) == coarse && from.fine_bin(logit) == fine && rank_of(logit, t) <= middle) {
+        const count64 units = from.units(t);
+        sum += by_count ? (units != 0 ? 1 : 0) : units;
+      }
+    }
+    if (before + block_total(sum, memory.block) > threshold) {
       highest = middle;
     } else {
       lowest = middle + 1;
     }
   }
-  __syncthreads(); // the memory is used again
+  __syncthreads();
   return lowest;
 }
 

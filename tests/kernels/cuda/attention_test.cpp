@@ -115,7 +115,7 @@ TEST_CASE("latent attention is that of the reference, the same bits in any compa
       rows.push_back(i);
     }
     const auto asked = all.select(rows);
-    const int rope_stride = c.rope + 6;
+    const int rope_stride = c.rope + 8;
     auto q = random_rows(asked.size(), c.heads * c.latent, random);
     auto q_rope = random_rows(asked.size(), c.heads * rope_stride, random);
     const float scale = 0.7F / std::sqrt(float(width));
