@@ -57,6 +57,7 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress)
     offsets_(gpu_, pool_, ring_),
     staging_(gpu_, pool_),
     padded_(gpu_, pool_),
+    packed_rows_(gpu_, pool_),
     router_logits_(gpu_, pool_),
     results_(gpu_, pool_),
     gates_(gpu_, pool_),

@@ -96,18 +96,28 @@ private:
   /// Rows as product kernels read them: whole chunks, on borders of 16 bytes.
   readable_rows make_readable(const rows_view& x, std::int32_t num_groups,
                               std::int32_t group_stride, const packed_matrix& w);
-  void multiply(linear_args& args);
-  void multiply_rows(const rows_view& x, const weight_matrix& w, const rows_view& out,
+  bool pack_rows(const rows_of_bf16& x, std::span<const std::int32_t> slots, std::int32_t num_jobs,
+                 std::int64_t x_step, std::int32_t num_cols, linear_args& args);
+  void multiply(const linear_args& args);
+  void multiply_rows(const rows_view& x, std::int32_t x_step, const weight_matrix& w,
+                     std::int32_t num_jobs, const rows_view& out, std::int32_t out_step,
                      bool float_out);
-  /// Neighbouring tasks of one expert, as a product.
-  struct run {
+  /// Neighbouring tasks of one expert.
+  struct expert_run {
+    std::int32_t expert = 0;
+    std::int32_t first_task = 0;
+    std::int32_t num_tasks = 0;
+    std::int32_t first_group = -1; ///< of packed rows; -1: not packed
+  };
+  struct queued_job {
     linear_job job;
     const packed_matrix* w;
   };
-  void queue_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
-                  std::span<const expert_task> tasks, std::span<const expert_weights> experts,
-                  weight_matrix expert_weights::*part, void* out, std::int64_t out_stride);
-  void multiply_runs(std::int64_t x_stride, std::int64_t out_stride);
+  void find_runs(std::span<const expert_task> tasks);
+  void queue_runs(std::span<const expert_weights> experts, weight_matrix expert_weights::*part,
+                  const readable_rows& x, const std::int32_t* task_rows, bf16* out,
+                  std::int64_t out_stride);
+  void multiply_runs(linear_args args);
 
   context gpu_;
   cudaStream_t stream_;
@@ -119,12 +129,13 @@ private:
   upload_ring ring_;
   download_buffer download_;
   mirrored_array positions_, sequences_, tables_, offsets_;
-  scratch staging_, padded_, router_logits_, results_, gates_, ups_, allowed_;
+  scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
   std::shared_ptr<void> flag_; ///< one number
   std::vector<std::unique_ptr<placed_weight>> weights_;
-  std::vector<run> runs_;
+  std::vector<expert_run> runs_;
+  std::vector<queued_job> queue_;
   std::vector<linear_job> jobs_;
-  std::vector<std::int32_t> task_rows_;
+  std::vector<std::int32_t> task_rows_, slots_, task_slots_;
   std::vector<device_sampling> sampling_;
   std::vector<std::int32_t> banned_;
 };

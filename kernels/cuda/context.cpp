@@ -24,6 +24,7 @@ context::context(std::int32_t device) : device_(device) {
   cudaDeviceProp properties{};
   if (check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties")) {
     name_ = properties.name;
+    is_hopper_ = properties.major == 9 && properties.minor == 0;
     num_multiprocessors_ = properties.multiProcessorCount;
   }
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");

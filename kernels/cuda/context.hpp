@@ -23,6 +23,8 @@ public:
 
   std::int32_t device() const { return device_; }
   std::int32_t num_multiprocessors() const { return num_multiprocessors_; }
+  /// Has the matrix unit of Hopper, for which there is machine code of its own.
+  bool is_hopper() const { return is_hopper_; }
   const std::string& name() const { return name_; }
   bool ok() const { return failure_.empty(); }
   const std::string& failure() const { return failure_; }
@@ -39,6 +41,7 @@ public:
 private:
   std::int32_t device_;
   std::int32_t num_multiprocessors_ = 1;
+  bool is_hopper_ = false;
   std::string name_;
   std::string failure_;
   cudaStream_t stream_ = nullptr;

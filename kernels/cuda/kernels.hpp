@@ -88,7 +88,8 @@ struct linear_job {
   const bf16* x = nullptr;
   const std::int32_t* rows = nullptr; ///< which rows of x; null: the first ones
   void* out = nullptr;
-  std::int32_t num_rows = 0; ///< of x
+  std::int32_t num_rows = 0;    ///< of x
+  std::int32_t first_group = 0; ///< of packed rows
 };
 
 struct linear_args {
@@ -104,7 +105,21 @@ struct linear_args {
   std::int64_t x_stride = 0; ///< readable up to whole blocks, rows begin at multiples of 16 bytes
   std::int64_t out_stride = 0;
   bool float_out = false;
+  const void* packed_x = nullptr;  ///< rows as launch_pack_rows leaves them; null: not packed
+  std::int64_t packed_groups = 0;  ///< groups of eight rows
+  std::int64_t packed_step = 0;    ///< bytes from job to job
 };
+
+/// Groups of packed rows that a kernel may read beyond the last.
+inline constexpr std::int32_t kSpareGroups = 16;
+
+/// Packs rows for the matrix unit of Hopper: num_jobs times (x moved on by x_step each time)
+/// [64 columns][group][8 rows][128 bytes], the columns of a row in the order of packed_matrix and
+/// its pieces of 16 bytes exchanged by row. slots[i] is the row of x that comes to place i, -1 none;
+/// null: the first ones.
+void launch_pack_rows(cudaStream_t stream, const rows_of_bf16& x, const std::int32_t* slots,
+                      std::int32_t num_groups, std::int32_t num_jobs, std::int64_t x_step,
+                      std::int32_t num_cols, void* out);
 
 /// One for each type of weight, compiled apart.
 void launch_linear_bf16(cudaStream_t stream, const linear_args& args,

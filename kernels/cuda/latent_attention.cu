@@ -25,10 +25,14 @@ constexpr int kPitch = kWidth + 8; ///< elements; spreads the rows over the bank
 constexpr int kParts = 4;
 constexpr int kTilesOfPart = 4; ///< fewer are not worth a block of their own
 
+constexpr int kColumnParts = 4; ///< into which the columns of a score are cut, one for a warp
+
 struct attention_memory {
-  bf16 query[kHeads][kPitch];
   bf16 keys[2][kKeys][kPitch];
-  float scores[kHeads][kKeys + 4];
+  union {
+    bf16 query[kHeads][kPitch]; ///< until every warp has its part in registers
+    float scores[kColumnParts][kHeads][kKeys + 4];
+  };
   bf16 powers[kHeads][kKeys + 8];
   float shrink[kHeads];
   float largest[kHeads];
@@ -40,6 +44,7 @@ struct attention_part {
   float sums[kHeads][kWideLatent];
 };
 static_assert(sizeof(attention_part) <= sizeof(attention_memory::keys));
+static_assert(kWidth / 16 % kColumnParts == 0);
 
 __device__ void load_matrices(std::uint32_t (&to)[4], const bf16* row) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
@@ -115,36 +120,54 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       memory.largest[threadIdx.x] = -INFINITY;
       memory.total[threadIdx.x] = 0.0F;
     }
+    // For scores, a warp has all heads, half of the keys and a fourth of the columns, of which it
+    // keeps the queries.
+    constexpr int kSteps = kWidth / 16 / kColumnParts;
+    const int column_part = warp % kColumnParts;
+    std::uint32_t query[kSteps][2][4];
+    asm volatile("cp.async.wait_group 0;");
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int col = (column_part * kSteps + step) * 16 + lane / 16 * 8;
+      load_matrices(query[step][0], &memory.query[lane % 16][col]);
+      load_matrices(query[step][1], &memory.query[16 + lane % 16][col]);
+    }
+    __syncthreads(); // scores take their place
     for (std::int32_t tile = first_tile; tile < last_tile; ++tile) {
       load_keys(tile + 1);
       asm volatile("cp.async.wait_group 1;");
       __syncthreads();
       const auto& keys = memory.keys[tile % 2];
 
-      // Scores: a warp has 16 heads and 16 keys.
       {
-        const int heads = warp % 2 * 16;
-        const int first_key = warp / 2 * 16;
-        float scores[2][2][4] = {}; // even and odd steps apart, so that less waits in line
-        const bf16* a_row = &memory.query[heads + lane % 16][lane / 16 * 8];
-        const bf16* b_row = &keys[first_key + lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8];
-#pragma unroll 6
-        for (int k = 0; k < kWidth; k += 16) {
-          std::uint32_t a[4];
-          std::uint32_t b[4];
-          load_matrices(a, a_row + k);
-          load_matrices(b, b_row + k);
-          multiply_tile(scores[k / 16 % 2][0], a, b[0], b[1]);
-          multiply_tile(scores[k / 16 % 2][1], a, b[2], b[3]);
+        const int first_key = warp / kColumnParts * (kKeys / 2);
+        float scores[2][4][4] = {};
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          const int col = (column_part * kSteps + step) * 16 + lane / 8 % 2 * 8;
+#pragma unroll
+          for (int n = 0; n < 4; n += 2) {
+            std::uint32_t b[4];
+            load_matrices(b, &keys[first_key + n * 8 + lane / 16 * 8 + lane % 8][col]);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              multiply_tile(scores[m][n], query[step][m], b[0], b[1]);
+              multiply_tile(scores[m][n + 1], query[step][m], b[2], b[3]);
+            }
+          }
         }
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int m = 0; m < 2; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int key = first_key + n * 8 + lane % 4 * 2 + i % 2;
-            const bool seen = tile * kKeys + key < length;
-            memory.scores[heads + i / 2 * 8 + lane / 4][key] =
-              seen ? (scores[0][n][i] + scores[1][n][i]) * scale : -INFINITY;
+          for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+              const int head = m * 16 + i / 2 * 8 + lane / 4;
+              const int key = first_key + n * 8 + lane % 4 * 2;
+              *reinterpret_cast<float2*>(&memory.scores[column_part][head][key]) =
+                make_float2(scores[m][n][i], scores[m][n][i + 1]);
+            }
           }
         }
       }
@@ -154,8 +177,16 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int j = 0; j < kHeads / 8; ++j) {
         const int head = warp * (kHeads / 8) + j;
-        const float first = memory.scores[head][lane];
-        const float second = memory.scores[head][lane + 32];
+        float first = memory.scores[0][head][lane];
+        float second = memory.scores[0][head][lane + 32];
+#pragma unroll
+        for (int p = 1; p < kColumnParts; ++p) {
+          first += memory.scores[p][head][lane];
+          second += memory.scores[p][head][lane + 32];
+        }
+        const std::int32_t position = tile * kKeys + lane;
+        first = position < length ? first * scale : -INFINITY;
+        second = position + 32 < length ? second * scale : -INFINITY;
         const float before = memory.largest[head];
         const float best = fmaxf(before, warp_max(fmaxf(first, second)));
         const float a = exp2f((first - best) * 1.44269504F);

@@ -8,6 +8,7 @@
 // rows (linear_many.cuh) does the same in another shape.
 
 #include "troupe/kernels/cuda/linear_many.cuh"
+#include "troupe/kernels/cuda/linear_wide.cuh"
 
 namespace troupe::kernels::cuda {
 
@@ -186,14 +187,10 @@ void launch_typed(cudaStream_t stream, const linear_args& args, std::int32_t num
   const auto num_groups =
     std::int64_t{ceil_div(args.job_cols, kTileRows)} * args.num_jobs * num_splits(args.w.num_cols)
     / kLinearWarps;
-  if (args.max_rows > 32) {
-    const auto num_large = std::int64_t{ceil_div(args.job_cols, 128)} * args.num_jobs
-                           * ceil_div(args.max_rows, 128);
-    if (args.max_rows > 64 && num_large >= num_multiprocessors) {
-      launch_many<Type, 4, 4>(stream, args);
-    } else {
-      launch_many<Type, 2, 2>(stream, args);
-    }
+  if (args.packed_x != nullptr) {
+    launch_wide<Type>(stream, args, num_multiprocessors);
+  } else if (args.max_rows > 32) {
+    launch_many<Type, 2, 2>(stream, args);
   } else if (args.max_rows > 8) {
     launch_few<Type, 1, 4>(stream, args);
   } else if (num_groups < 4 * std::int64_t{num_multiprocessors}) {

@@ -1,9 +1,9 @@
 #pragma once
 
-// Products of many rows: tiles of both operands in shared memory, three blocks of columns on their
+// Products of many rows where there is no matrix unit of Hopper: tiles of both operands in shared memory, three blocks of columns on their
 // way. Sums are made as linear.cuh says, so a row gets the same bits from either kernel.
 
-#include "troupe/kernels/cuda/mma.cuh"
+#include "troupe/kernels/cuda/wgmma.cuh"
 
 namespace troupe::kernels::cuda {
 
@@ -43,6 +43,7 @@ __device__ inline void wait_copies() {
 
 template <packed_type Type, int kRowTiles, int kTokenTiles>
 __global__ void __launch_bounds__(256, 1) linear_many(const linear_args args) {
+#if !defined(TROUPE_HOPPER)
   using shape = many_shape<Type, kRowTiles, kTokenTiles>;
   constexpr int kWords = kWordsOfBlock<Type>;
   extern __shared__ __align__(128) unsigned char memory[];
@@ -233,6 +234,7 @@ __global__ void __launch_bounds__(256, 1) linear_many(const linear_args args) {
       store_out(args, job, out_row, out_col, results[i / shape::kRows * shape::kOutStride + row]);
     }
   }
+#endif
 }
 
 template <packed_type Type, int kRowTiles, int kTokenTiles>

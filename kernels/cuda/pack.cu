@@ -102,7 +102,60 @@ __global__ void pack(weight_matrix w, packed_matrix to, std::int64_t count, std:
   static_cast<uint4*>(const_cast<void*>(to.data))[i] = out.words;
 }
 
+/// A thread moves 32 columns of a row: four pieces of 16 bytes, whose pairs of columns change places
+/// so that the matrix unit meets them in the order in which a lane holds those of the weight.
+__global__ void pack_rows(rows_of_bf16 x, const std::int32_t* slots, std::int32_t num_groups,
+                          std::int64_t x_step, std::int32_t num_cols, std::int32_t num_col_groups,
+                          uint4* out) {
+  const std::int32_t i = blockIdx.y * kThreads + threadIdx.x;
+  if (i >= 8 * num_col_groups) {
+    return;
+  }
+  const std::int32_t group = blockIdx.x;
+  const std::int32_t job = blockIdx.z;
+  const std::int32_t row = i / num_col_groups;
+  const std::int32_t col_group = i % num_col_groups;
+  const std::int32_t slot = group * 8 + row;
+  const std::int32_t source = slots != nullptr ? slots[slot] : slot < x.num_rows ? slot : -1;
+  union {
+    uint4 words[4];
+    std::uint32_t pairs[4][4];
+    bf16 values[32];
+  } in;
+  for (auto& words : in.words) {
+    words = {0, 0, 0, 0};
+  }
+  if (source >= 0) {
+    const std::int32_t col = col_group * 32;
+    const bf16* from = x.data + source * x.stride + job * x_step + col;
+    if (col + 32 <= num_cols && reinterpret_cast<std::uintptr_t>(from) % 16 == 0) {
+      for (int j = 0; j < 4; ++j) {
+        in.words[j] = reinterpret_cast<const uint4*>(from)[j];
+      }
+    } else {
+      for (int j = 0; j < 32 && col + j < num_cols; ++j) {
+        in.values[j] = from[j];
+      }
+    }
+  }
+  const std::int64_t block = std::int64_t{job} * (num_col_groups / 2) + col_group / 2;
+  uint4* to = out + ((block * num_groups + group) * 8 + row) * 8;
+  for (int piece = 0; piece < 4; ++piece) {
+    to[(col_group % 2 * 4 + piece) ^ row] = {in.pairs[0][piece], in.pairs[1][piece],
+                                             in.pairs[2][piece], in.pairs[3][piece]};
+  }
+}
+
 } // namespace
+
+void launch_pack_rows(cudaStream_t stream, const rows_of_bf16& x, const std::int32_t* slots,
+                      std::int32_t num_groups, std::int32_t num_jobs, std::int64_t x_step,
+                      std::int32_t num_cols, void* out) {
+  const auto num_col_groups = ceil_div(num_cols, kBlockCols) * (kBlockCols / 32);
+  const dim3 grid(num_groups, ceil_div(8 * num_col_groups, kThreads), num_jobs);
+  pack_rows<<<grid, kThreads, 0, stream>>>(x, slots, num_groups, x_step, num_cols, num_col_groups,
+                                           static_cast<uint4*>(out));
+}
 
 void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_matrix& to,
                  std::int32_t* found) {

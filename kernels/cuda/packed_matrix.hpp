@@ -23,7 +23,7 @@ inline constexpr std::int32_t kMaxSplits = 8;
 /// by 64 bytes of a row. A chunk is [2 halves of 8 rows][32 lanes][16 bytes]; lane 4 * r + t holds,
 /// of row r, the columns 8 * t to 8 * t + 7 of each 32 columns of the chunk. So a warp reads 512
 /// bytes at a time, and the registers are what mma.m16n8k16 expects once the columns of both of its
-/// operands are taken in the same order. Edges are padded with zeros.
+/// operands are taken in the same order. Edges are padded with zeros, columns to whole blocks.
 struct packed_matrix {
   const void* data = nullptr;
   const float* scales = nullptr;       ///< [ceil(num_rows / block_rows), num_scale_cols]
@@ -46,16 +46,22 @@ constexpr std::int32_t ceil_div(std::int32_t a, std::int32_t b) {
   return (a + b - 1) / b;
 }
 
+/// Chunks of a tile: columns are padded to whole blocks.
+constexpr std::int32_t num_chunks(packed_type type, std::int32_t num_cols) {
+  return ceil_div(num_cols, kBlockCols) * (kBlockCols / chunk_cols(type));
+}
+
 /// Bytes of a packed weight without its scales.
 constexpr std::int64_t packed_bytes(std::int32_t num_rows, std::int32_t num_chunks) {
   return std::int64_t{ceil_div(num_rows, kTileRows)} * num_chunks * 1024;
 }
 
-/// In how many parts the columns are cut: a power of two, at most one for each block.
+/// In how many parts the columns are cut: a power of two. Parts of fewer than four blocks are not
+/// worth a warp of their own.
 constexpr std::int32_t num_splits(std::int32_t num_cols) {
-  const std::int32_t blocks = ceil_div(num_cols, kBlockCols);
+  const std::int32_t most = ceil_div(num_cols, kBlockCols) / 4;
   std::int32_t splits = 1;
-  while (splits * 2 <= blocks && splits * 2 <= kMaxSplits) {
+  while (splits * 2 <= most && splits * 2 <= kMaxSplits) {
     splits *= 2;
   }
   return splits;

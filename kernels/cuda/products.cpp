@@ -8,6 +8,9 @@ namespace troupe::kernels::cuda {
 
 namespace {
 
+/// From so many rows on, packing them for the matrix unit of Hopper pays.
+constexpr std::int32_t kWideFrom = 33;
+
 std::size_t num_scales(const weight_matrix& w) {
   return static_cast<std::size_t>(ceil_div(w.num_rows, w.block_rows))
          * ceil_div(w.num_cols, w.block_cols);
@@ -53,7 +56,7 @@ void cuda_ops::choose_packing(const weight_matrix& weight, packed_matrix& to) co
                                       : weight.block_cols / kBlockCols;
     }
   }
-  to.num_chunks = ceil_div(weight.num_cols, chunk_cols(to.type));
+  to.num_chunks = num_chunks(to.type, weight.num_cols);
 }
 
 weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_matrix& on_device) {
@@ -137,7 +140,7 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
     packed = {};
     packed.num_rows = weight.num_rows;
     packed.num_cols = weight.num_cols;
-    packed.num_chunks = ceil_div(weight.num_cols, chunk_cols(packed.type));
+    packed.num_chunks = num_chunks(packed.type, weight.num_cols);
   }
   if (packed.type == packed_type::bf16) {
     placed->scales = nullptr;
@@ -175,7 +178,29 @@ cuda_ops::readable_rows cuda_ops::make_readable(const rows_view& x, std::int32_t
   return {copy, row_width, width};
 }
 
-void cuda_ops::multiply(linear_args& args) {
+/// Packs rows for the matrix unit where that pays, and says so in `args`.
+bool cuda_ops::pack_rows(const rows_of_bf16& x, std::span<const std::int32_t> slots,
+                         std::int32_t num_jobs, std::int64_t x_step, std::int32_t num_cols,
+                         linear_args& args) {
+  const auto num_slots = slots.empty() ? x.num_rows : static_cast<std::int32_t>(slots.size());
+  const auto num_groups = ceil_div(num_slots, 8);
+  const auto num_halves = ceil_div(num_cols, kBlockCols) * 2;
+  args.packed_groups = num_groups;
+  const auto step = std::int64_t{num_halves} * num_groups * 1024;
+  args.packed_step = num_jobs > 1 ? step : 0;
+  auto* image = packed_rows_.take<std::byte>(
+    static_cast<std::size_t>(step * num_jobs + kSpareGroups * 1024));
+  const auto* device_slots = slots.empty() ? nullptr : ring_.put(slots);
+  if (!gpu_.ok()) {
+    return false;
+  }
+  launch_pack_rows(stream_, x, device_slots, num_groups, num_jobs, x_step, num_cols, image);
+  launched("packing of rows");
+  args.packed_x = image;
+  return true;
+}
+
+void cuda_ops::multiply(const linear_args& args) {
   if (!gpu_.ok()) {
     return;
   }
@@ -189,101 +214,124 @@ void cuda_ops::multiply(linear_args& args) {
   launched("linear");
 }
 
-void cuda_ops::multiply_rows(const rows_view& x, const weight_matrix& w, const rows_view& out,
+/// num_jobs products of neighbouring columns of x with neighbouring rows of w.
+void cuda_ops::multiply_rows(const rows_view& x, std::int32_t x_step, const weight_matrix& w,
+                             std::int32_t num_jobs, const rows_view& out, std::int32_t out_step,
                              bool float_out) {
   if (!begin(x.num_rows)) {
     return;
   }
   linear_args args;
   args.w = packed(w);
-  const auto input = make_readable(x, 1, x.num_cols, args.w);
-  args.job = {args.w.data, args.w.scales, args.w.zeros, input.data, nullptr, out.data, x.num_rows};
-  args.job_cols = args.w.num_rows;
+  assert(args.w.num_rows % num_jobs == 0);
+  args.job_cols = args.row_step = args.w.num_rows / num_jobs;
+  args.num_jobs = num_jobs;
   args.max_rows = x.num_rows;
-  args.x_stride = input.stride;
+  args.job = {args.w.data, args.w.scales, args.w.zeros, nullptr, nullptr, out.data, x.num_rows};
   args.out_stride = out.stride;
+  args.out_step = out_step;
   args.float_out = float_out;
+  if (gpu_.is_hopper() && x.num_rows >= kWideFrom) {
+    pack_rows(as_bf16(x), {}, num_jobs, x_step, args.w.num_cols, args);
+  } else {
+    const auto input = make_readable(x, num_jobs, x_step, args.w);
+    args.job.x = input.data;
+    args.x_stride = input.stride;
+    args.x_step = input.group_stride;
+  }
   multiply(args);
 }
 
 void cuda_ops::linear(const rows_view& x, const weight_matrix& w, const rows_view& out) {
-  multiply_rows(x, w, out, false);
+  multiply_rows(x, x.num_cols, w, 1, out, 0, false);
 }
 
 void cuda_ops::logits(const rows_view& x, const weight_matrix& w, const rows_view& out) {
-  multiply_rows(x, w, out, true);
+  multiply_rows(x, x.num_cols, w, 1, out, 0, true);
 }
 
 void cuda_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
                                const weight_matrix& w, std::int32_t num_heads, const rows_view& out,
                                std::int32_t out_head_stride) {
-  if (!begin(x.num_rows)) {
-    return;
-  }
-  linear_args args;
-  args.w = packed(w);
-  assert(args.w.type == packed_type::bf16 && args.w.num_rows % num_heads == 0);
-  args.job_cols = args.row_step = args.w.num_rows / num_heads;
-  const auto input = make_readable(x, num_heads, x_head_stride, args.w);
-  args.job = {args.w.data, nullptr, nullptr, input.data, nullptr, out.data, x.num_rows};
-  args.num_jobs = num_heads;
-  args.max_rows = x.num_rows;
-  args.x_step = input.group_stride;
-  args.out_step = out_head_stride;
-  args.x_stride = input.stride;
-  args.out_stride = out.stride;
-  multiply(args);
+  multiply_rows(x, x_head_stride, w, num_heads, out, out_head_stride, false);
 }
 
-void cuda_ops::queue_runs(const bf16* x, std::int64_t x_stride, const std::int32_t* task_rows,
-                          std::span<const expert_task> tasks,
-                          std::span<const expert_weights> experts,
-                          weight_matrix expert_weights::*part, void* out, std::int64_t out_stride) {
+/// Takes neighbouring tasks of one expert together, and gives those with many rows their places
+/// among the packed ones: `slots_` by row of the input, `task_slots_` by task.
+void cuda_ops::find_runs(std::span<const expert_task> tasks) {
+  runs_.clear();
+  slots_.clear();
+  task_slots_.clear();
   for (std::size_t first = 0; first < tasks.size();) {
     auto last = first + 1;
     while (last < tasks.size() && tasks[last].expert == tasks[first].expert) {
       ++last;
     }
-    const auto& w = packed(experts[tasks[first].expert].*part);
-    linear_job job{w.data, w.scales, w.zeros, x, nullptr, nullptr, 0};
-    job.rows = task_rows == nullptr ? nullptr : task_rows + first;
-    job.x = task_rows == nullptr ? x + static_cast<std::int64_t>(first) * x_stride : x;
-    job.out = static_cast<bf16*>(out) + static_cast<std::int64_t>(first) * out_stride;
-    job.num_rows = static_cast<std::int32_t>(last - first);
-    runs_.push_back({job, &w});
+    expert_run run;
+    run.expert = tasks[first].expert;
+    run.first_task = static_cast<std::int32_t>(first);
+    run.num_tasks = static_cast<std::int32_t>(last - first);
+    if (gpu_.is_hopper() && run.num_tasks >= kWideFrom) {
+      run.first_group = static_cast<std::int32_t>(slots_.size() / 8);
+      for (auto task = first; task < last; ++task) {
+        slots_.push_back(tasks[task].row);
+        task_slots_.push_back(static_cast<std::int32_t>(task));
+      }
+      const auto whole = (slots_.size() + 7) / 8 * 8;
+      slots_.resize(whole, -1);
+      task_slots_.resize(whole, -1);
+    }
+    runs_.push_back(run);
     first = last;
   }
 }
 
+void cuda_ops::queue_runs(std::span<const expert_weights> experts,
+                          weight_matrix expert_weights::*part, const readable_rows& x,
+                          const std::int32_t* task_rows, bf16* out, std::int64_t out_stride) {
+  for (const auto& run : runs_) {
+    const auto& w = packed(experts[run.expert].*part);
+    const std::int64_t first = run.first_task;
+    linear_job job{w.data, w.scales, w.zeros, x.data, nullptr, out + first * out_stride,
+                   run.num_tasks, std::max(run.first_group, 0)};
+    if (task_rows != nullptr) {
+      job.rows = task_rows + first;
+    } else {
+      job.x += first * x.stride;
+    }
+    queue_.push_back({job, &w});
+  }
+}
+
 /// Runs of the same shape and of about the same number of rows go together.
-void cuda_ops::multiply_runs(std::int64_t x_stride, std::int64_t out_stride) {
-  const auto size_class = [](const run& one) {
-    return one.job.num_rows <= 8 ? 0 : one.job.num_rows <= 32 ? 1 : 2;
+void cuda_ops::multiply_runs(linear_args args) {
+  const auto size_class = [](const queued_job& one) {
+    const auto rows = one.job.num_rows;
+    return rows <= 8 ? 0 : rows < kWideFrom ? 1 : rows <= 64 ? 2 : 3;
   };
-  const auto same_kind = [&](const run& a, const run& b) {
+  const auto same_kind = [&](const queued_job& a, const queued_job& b) {
     return size_class(a) == size_class(b) && a.w->type == b.w->type
            && a.w->num_rows == b.w->num_rows && a.w->num_cols == b.w->num_cols
            && a.w->block_rows == b.w->block_rows && a.w->num_scale_cols == b.w->num_scale_cols;
   };
-  while (!runs_.empty()) {
-    const auto rest = std::partition(runs_.begin(), runs_.end(), [&, kind = runs_.back()](
-                                                                   const run& one) {
-      return !same_kind(one, kind);
-    });
-    linear_args args;
-    args.x_stride = x_stride;
-    args.out_stride = out_stride;
-    args.w = *rest->w;
+  const auto* packed_x = args.packed_x;
+  while (!queue_.empty()) {
+    const auto kind = queue_.back();
+    const auto rest = std::partition(queue_.begin(), queue_.end(),
+                                     [&](const auto& one) { return !same_kind(one, kind); });
+    args.w = *kind.w;
     args.job_cols = args.w.num_rows;
-    args.num_jobs = static_cast<std::int32_t>(runs_.end() - rest);
+    args.num_jobs = static_cast<std::int32_t>(queue_.end() - rest);
+    args.packed_x = kind.job.num_rows < kWideFrom ? nullptr : packed_x;
+    args.max_rows = 0;
     jobs_.clear();
-    for (auto one = rest; one != runs_.end(); ++one) {
+    for (auto one = rest; one != queue_.end(); ++one) {
       jobs_.push_back(one->job);
       args.max_rows = std::max(args.max_rows, one->job.num_rows);
     }
     args.jobs = ring_.put(std::span<const linear_job>(jobs_));
     multiply(args);
-    runs_.erase(rest, runs_.end());
+    queue_.erase(rest, queue_.end());
   }
 }
 
@@ -299,25 +347,37 @@ void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
     task_rows_.push_back(task.row);
     widest = std::max(widest, experts[task.expert].gate.num_rows);
   }
+  find_runs(tasks);
   const auto* rows = ring_.put(std::span<const std::int32_t>(task_rows_));
   const auto size = static_cast<std::size_t>(num_tasks) * widest;
-  rows_view gate{gates_.take<bf16>(size), num_tasks, widest, widest};
+  const rows_view gate{gates_.take<bf16>(size), num_tasks, widest, widest};
   const rows_view up{ups_.take<bf16>(size), num_tasks, widest, widest};
   if (!gpu_.ok()) {
     return;
   }
   const auto& one = experts[tasks.front().expert];
+
+  linear_args args;
+  if (!slots_.empty()) {
+    pack_rows(as_bf16(x), slots_, 1, 0, x.num_cols, args);
+  }
   const auto input = make_readable(x, 1, x.num_cols, packed(one.gate));
-  queue_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::gate, gate.data,
-             widest);
-  queue_runs(input.data, input.stride, rows, tasks, experts, &expert_weights::up, up.data, widest);
-  multiply_runs(input.stride, widest);
+  queue_runs(experts, &expert_weights::gate, input, rows, as_bf16(gate).data, widest);
+  queue_runs(experts, &expert_weights::up, input, rows, as_bf16(up).data, widest);
+  args.x_stride = input.stride;
+  args.out_stride = widest;
+  multiply_runs(args);
   launch_swiglu(stream_, as_bf16(gate), as_bf16(up), as_bf16(gate));
   launched("swiglu of experts");
+
+  if (!slots_.empty()) {
+    pack_rows(as_bf16(gate), task_slots_, 1, 0, widest, args);
+  }
   const auto middle = make_readable(gate, 1, widest, packed(one.down));
-  queue_runs(middle.data, middle.stride, nullptr, tasks, experts, &expert_weights::down, out.data,
-             out.stride);
-  multiply_runs(middle.stride, out.stride);
+  queue_runs(experts, &expert_weights::down, middle, nullptr, as_bf16(out).data, out.stride);
+  args.x_stride = middle.stride;
+  args.out_stride = out.stride;
+  multiply_runs(args);
 }
 
 } // namespace troupe::kernels::cuda

@@ -63,6 +63,10 @@ const shape kShapes[] = {
   {256, 1024, element_type::i4, 1, 128},
   {40, 256, element_type::i4, 1, 256},
   {33, 100, element_type::i4, 1, 32},
+  // So many that tiles are not shared by blocks.
+  {9000, 1152, element_type::f8_e4m3, 128, 128},
+  {9000, 640, element_type::i4, 1, 128},
+  {34000, 640, element_type::bf16},
 };
 
 } // namespace
