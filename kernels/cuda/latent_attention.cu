@@ -85,14 +85,22 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  // Four threads a key, each with every fourth piece of 16 bytes.
+  // Four threads a key, each with every fourth piece of 16 bytes. The page of a key is looked up a
+  // tile before it is needed.
   const int my_key = threadIdx.x / 4;
+  const std::int32_t* table = batch.tables + batch.offsets[batch.sequences[row]];
+  const auto page_of = [&](std::int32_t tile) {
+    const std::int32_t position = tile * kKeys + my_key;
+    return tile < last_tile && position < length ? table[position / pages.page_tokens] : -1;
+  };
+  std::int32_t page = page_of(first_tile);
   const auto load_keys = [&](std::int32_t tile) {
     if (tile < last_tile) {
       const std::int32_t position = tile * kKeys + my_key;
-      const bool inside = position < length;
-      const bf16* from =
-        pages.data + (inside ? place_of(batch, pages, row, position) : 0) + threadIdx.x % 4 * 8;
+      const bool inside = page >= 0;
+      const auto place =
+        (std::int64_t{max(page, 0)} * pages.page_tokens + position % pages.page_tokens) * kWidth;
+      const bf16* from = pages.data + (inside ? place : 0) + threadIdx.x % 4 * 8;
       bf16* to = &memory.keys[tile % 2][my_key][threadIdx.x % 4 * 8];
 #pragma unroll
       for (int i = 0; i < kWidth / 32; ++i) {
@@ -100,6 +108,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       }
     }
     asm volatile("cp.async.commit_group;");
+    page = page_of(tile + 1);
   };
 
   float sums[2][8][4] = {}; // [tile of heads][8 dimensions each][of a lane]
@@ -174,31 +183,59 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       __syncthreads();
 
       // Softmax: a warp has four heads, a lane two keys of each.
+      constexpr int kMine = kHeads / 8;
+      float first[kMine];
+      float second[kMine];
+      float before[kMine];
+      float best[kMine];
+      const std::int32_t position = tile * kKeys + lane;
 #pragma unroll
-      for (int j = 0; j < kHeads / 8; ++j) {
-        const int head = warp * (kHeads / 8) + j;
-        float first = memory.scores[0][head][lane];
-        float second = memory.scores[0][head][lane + 32];
+      for (int j = 0; j < kMine; ++j) {
+        const int head = warp * kMine + j;
+        before[j] = memory.largest[head];
+        first[j] = memory.scores[0][head][lane];
+        second[j] = memory.scores[0][head][lane + 32];
 #pragma unroll
         for (int p = 1; p < kColumnParts; ++p) {
-          first += memory.scores[p][head][lane];
-          second += memory.scores[p][head][lane + 32];
+          first[j] += memory.scores[p][head][lane];
+          second[j] += memory.scores[p][head][lane + 32];
         }
-        const std::int32_t position = tile * kKeys + lane;
-        first = position < length ? first * scale : -INFINITY;
-        second = position + 32 < length ? second * scale : -INFINITY;
-        const float before = memory.largest[head];
-        const float best = fmaxf(before, warp_max(fmaxf(first, second)));
-        const float a = exp2f((first - best) * 1.44269504F);
-        const float b = exp2f((second - best) * 1.44269504F);
-        memory.powers[head][lane] = __float2bfloat16_rn(a);
-        memory.powers[head][lane + 32] = __float2bfloat16_rn(b);
-        const float added = warp_sum(a + b);
+        first[j] = position < length ? first[j] * scale : -INFINITY;
+        second[j] = position + 32 < length ? second[j] * scale : -INFINITY;
+        best[j] = fmaxf(first[j], second[j]);
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+        for (int j = 0; j < kMine; ++j) {
+          best[j] = fmaxf(best[j], __shfl_xor_sync(kAllLanes, best[j], step));
+        }
+      }
+      float added[kMine];
+#pragma unroll
+      for (int j = 0; j < kMine; ++j) {
+        best[j] = fmaxf(best[j], before[j]);
+        first[j] = exp2f((first[j] - best[j]) * 1.44269504F);
+        second[j] = exp2f((second[j] - best[j]) * 1.44269504F);
+        added[j] = first[j] + second[j];
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+        for (int j = 0; j < kMine; ++j) {
+          added[j] += __shfl_xor_sync(kAllLanes, added[j], step);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kMine; ++j) {
+        const int head = warp * kMine + j;
+        memory.powers[head][lane] = __float2bfloat16_rn(first[j]);
+        memory.powers[head][lane + 32] = __float2bfloat16_rn(second[j]);
         if (lane == 0) {
-          const float shrink = exp2f((before - best) * 1.44269504F);
+          const float shrink = exp2f((before[j] - best[j]) * 1.44269504F);
           memory.shrink[head] = shrink;
-          memory.largest[head] = best;
-          memory.total[head] = memory.total[head] * shrink + added;
+          memory.largest[head] = best[j];
+          memory.total[head] = memory.total[head] * shrink + added[j];
         }
       }
       __syncthreads();

@@ -24,12 +24,9 @@ struct wide_shape {
   static constexpr int kHalfBytes = kTokens * 128; ///< 64 columns of the rows of x
   static constexpr int kStageBytes = kWeightBytes + 2 * kHalfBytes;
   static constexpr int kSumBytes = kValues * kWideThreads * 4;
-  static constexpr bool kSumsInMemory = kTokens > 64 && !kSplit; ///< too many for registers
   static constexpr int kBlocks = kTokens > 64 ? 1 : 2;           ///< on a multiprocessor
-  static constexpr int kBudget = 220 * 1024 / kBlocks - 2048 - (kSumsInMemory ? kSumBytes : 0);
-  static constexpr int kStages = kBudget / kStageBytes;
-  static constexpr int kBytes =
-    kStages * kStageBytes + (kSumsInMemory ? kSumBytes : 0) + 1024; // begins at 1024 bytes
+  static constexpr int kStages = (222 * 1024 / kBlocks - 2048) / kStageBytes;
+  static constexpr int kBytes = kStages * kStageBytes + 1024; // begins at 1024 bytes
   static_assert(kStages >= 2 && kSumBytes <= kStages * kStageBytes);
 };
 
@@ -113,9 +110,7 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
     zero[h] = job.zeros == nullptr ? nullptr : job.zeros + at;
   }
   float part[shape::kValues];
-  [[maybe_unused]] float sum[shape::kSumsInMemory || kSplit ? 1 : shape::kValues];
-  [[maybe_unused]] auto* sums =
-    reinterpret_cast<float*>(memory + shape::kStages * shape::kStageBytes) + thread;
+  [[maybe_unused]] float sum[kSplit ? 1 : shape::kValues];
   std::int32_t split = 0;
   for (std::int32_t block = first_block; block < last_block; ++block) {
     const int turn = block - first_block;
@@ -185,12 +180,7 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
       if (block + 1 == (split + 1) * num_blocks / splits) {
 #pragma unroll
         for (int i = 0; i < shape::kValues; ++i) {
-          if constexpr (shape::kSumsInMemory) {
-            sums[i * kWideThreads] =
-              split == 0 ? total[i] : sums[i * kWideThreads] + total[i];
-          } else {
-            sum[i] = split == 0 ? total[i] : sum[i] + total[i];
-          }
+          sum[i] = split == 0 ? total[i] : sum[i] + total[i];
           total[i] = 0.0F;
         }
         ++split;
@@ -200,7 +190,7 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
   if constexpr (!kSplit) {
 #pragma unroll
     for (int i = 0; i < shape::kValues; ++i) {
-      total[i] = shape::kSumsInMemory ? sums[i * kWideThreads] : sum[shape::kSumsInMemory ? 0 : i];
+      total[i] = sum[i];
     }
   }
 

@@ -1,5 +1,3 @@
-#include "timing.hpp"
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -8,8 +6,11 @@
 #include <random>
 #include <string>
 
+#include "step.hpp"
+#include "timing.hpp"
+
 /// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
-/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample.
+/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step.
 
 namespace gpu_bench {
 
@@ -285,6 +286,9 @@ int run(int argc, char** argv) {
   }
   if (wanted("experts")) {
     bench_experts(*ops);
+  }
+  if (wanted("step")) {
+    bench_steps(*ops);
   }
   if (!ops->failure().empty()) {
     std::fprintf(stderr, "gpu-bench: %s\n", ops->failure().c_str());
