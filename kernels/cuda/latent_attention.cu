@@ -4,7 +4,7 @@
 
 #include <cooperative_groups.h>
 
-#include "troupe/kernels/cuda/mma.cuh"
+#include "troupe/kernels/cuda/bulk_copy.cuh"
 
 /// Absorbed latent attention on the matrix unit: the heads of a row are the rows of the product, so
 /// decoding is a matrix product too. A block computes 32 heads of one row over a part of its keys;
@@ -17,13 +17,15 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
 constexpr int kHeads = 32;
 constexpr int kKeys = 64;
 constexpr int kWidth = kWideLatent + kWideRope;
 constexpr int kPitch = kWidth + 8; ///< elements; spreads the rows over the banks
 constexpr int kParts = 4;
 constexpr int kTilesOfPart = 4; ///< fewer are not worth a block of their own
+constexpr int kDims = kWideLatent / kWarps; ///< of the result, for a warp
 
 constexpr int kColumnParts = 4; ///< into which the columns of a score are cut, one for a warp
 
@@ -37,6 +39,7 @@ struct attention_memory {
   float shrink[kHeads];
   float largest[kHeads];
   float total[kHeads];
+  std::uint64_t arrived[2]; ///< keys of even and odd tiles
 };
 
 /// What a block leaves for the others of its cluster, over the keys.
@@ -85,33 +88,44 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
-  // Four threads a key, each with every fourth piece of 16 bytes. The page of a key is looked up a
-  // tile before it is needed.
-  const int my_key = threadIdx.x / 4;
+  // A thread a key. The page of a key is looked up a tile before it is needed.
+  const bool loads = threadIdx.x < kKeys;
+  const int my_key = threadIdx.x % kKeys;
   const std::int32_t* table = batch.tables + batch.offsets[batch.sequences[row]];
   const auto page_of = [&](std::int32_t tile) {
     const std::int32_t position = tile * kKeys + my_key;
-    return tile < last_tile && position < length ? table[position / pages.page_tokens] : -1;
+    return loads && tile < last_tile && position < length ? table[position / pages.page_tokens]
+                                                          : -1;
   };
   std::int32_t page = page_of(first_tile);
   const auto load_keys = [&](std::int32_t tile) {
-    if (tile < last_tile) {
+    if (loads && tile < last_tile) {
+      const int slot = (tile - first_tile) % 2;
       const std::int32_t position = tile * kKeys + my_key;
-      const bool inside = page >= 0;
-      const auto place =
-        (std::int64_t{max(page, 0)} * pages.page_tokens + position % pages.page_tokens) * kWidth;
-      const bf16* from = pages.data + (inside ? place : 0) + threadIdx.x % 4 * 8;
-      bf16* to = &memory.keys[tile % 2][my_key][threadIdx.x % 4 * 8];
-#pragma unroll
-      for (int i = 0; i < kWidth / 32; ++i) {
-        copy_16(to + i * 32, from + i * 32, inside);
+      bf16* to = &memory.keys[slot][my_key][0];
+      if (page >= 0) {
+        const auto place =
+          (std::int64_t{page} * pages.page_tokens + position % pages.page_tokens) * kWidth;
+        arrive_expecting(&memory.arrived[slot], kWidth * 2);
+        copy_bulk(to, pages.data + place, kWidth * 2, &memory.arrived[slot]);
+      } else {
+        // Nothing may come of what was here before: not even a zero times it.
+        for (int i = 0; i < kWidth / 8; ++i) {
+          reinterpret_cast<uint4*>(to)[i] = make_uint4(0, 0, 0, 0);
+        }
+        arrive(&memory.arrived[slot]);
       }
     }
-    asm volatile("cp.async.commit_group;");
     page = page_of(tile + 1);
   };
 
-  float sums[2][8][4] = {}; // [tile of heads][8 dimensions each][of a lane]
+  float sums[2][kDims / 8][4] = {}; // [tile of heads][8 dimensions each][of a lane]
+  if (threadIdx.x == 0) {
+    make_barrier(&memory.arrived[0], kKeys);
+    make_barrier(&memory.arrived[1], kKeys);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
   if (rank < num_parts) {
     for (int i = threadIdx.x; i < kHeads * (kWidth / 8); i += kThreads) {
       const int head = i / (kWidth / 8);
@@ -129,29 +143,29 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       memory.largest[threadIdx.x] = -INFINITY;
       memory.total[threadIdx.x] = 0.0F;
     }
-    // For scores, a warp has all heads, half of the keys and a fourth of the columns, of which it
+    // For scores, a warp has 16 heads, half of the keys and a fourth of the columns, of which it
     // keeps the queries.
     constexpr int kSteps = kWidth / 16 / kColumnParts;
-    const int column_part = warp % kColumnParts;
-    std::uint32_t query[kSteps][2][4];
-    asm volatile("cp.async.wait_group 0;");
+    const int column_part = warp / 2 % kColumnParts;
+    const int my_heads = warp % 2 * 16;
+    std::uint32_t query[kSteps][4];
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;");
     __syncthreads();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int col = (column_part * kSteps + step) * 16 + lane / 16 * 8;
-      load_matrices(query[step][0], &memory.query[lane % 16][col]);
-      load_matrices(query[step][1], &memory.query[16 + lane % 16][col]);
+      load_matrices(query[step], &memory.query[my_heads + lane % 16][col]);
     }
     __syncthreads(); // scores take their place
     for (std::int32_t tile = first_tile; tile < last_tile; ++tile) {
+      const int turn = tile - first_tile;
       load_keys(tile + 1);
-      asm volatile("cp.async.wait_group 1;");
-      __syncthreads();
-      const auto& keys = memory.keys[tile % 2];
+      wait_barrier(&memory.arrived[turn % 2], turn / 2 & 1);
+      const auto& keys = memory.keys[turn % 2];
 
       {
-        const int first_key = warp / kColumnParts * (kKeys / 2);
-        float scores[2][4][4] = {};
+        const int first_key = warp / (2 * kColumnParts) * (kKeys / 2);
+        float scores[4][4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           const int col = (column_part * kSteps + step) * 16 + lane / 8 % 2 * 8;
@@ -159,31 +173,25 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
           for (int n = 0; n < 4; n += 2) {
             std::uint32_t b[4];
             load_matrices(b, &keys[first_key + n * 8 + lane / 16 * 8 + lane % 8][col]);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-              multiply_tile(scores[m][n], query[step][m], b[0], b[1]);
-              multiply_tile(scores[m][n + 1], query[step][m], b[2], b[3]);
-            }
+            multiply_tile(scores[n], query[step], b[0], b[1]);
+            multiply_tile(scores[n + 1], query[step], b[2], b[3]);
           }
         }
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int n = 0; n < 4; ++n) {
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-              const int head = m * 16 + i / 2 * 8 + lane / 4;
-              const int key = first_key + n * 8 + lane % 4 * 2;
-              *reinterpret_cast<float2*>(&memory.scores[column_part][head][key]) =
-                make_float2(scores[m][n][i], scores[m][n][i + 1]);
-            }
+          for (int i = 0; i < 4; i += 2) {
+            const int head = my_heads + i / 2 * 8 + lane / 4;
+            const int key = first_key + n * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(&memory.scores[column_part][head][key]) =
+              make_float2(scores[n][i], scores[n][i + 1]);
           }
         }
       }
       __syncthreads();
 
-      // Softmax: a warp has four heads, a lane two keys of each.
-      constexpr int kMine = kHeads / 8;
+      // Softmax: a warp has two heads, a lane two keys of each.
+      constexpr int kMine = kHeads / kWarps;
       float first[kMine];
       float second[kMine];
       float before[kMine];
@@ -240,13 +248,13 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       }
       __syncthreads();
 
-      // Weighted latents: a warp has all heads and 64 dimensions.
+      // Weighted latents: a warp has all heads and 32 dimensions.
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const float upper = memory.shrink[m * 16 + lane / 4];
         const float lower = memory.shrink[m * 16 + 8 + lane / 4];
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
+        for (int n = 0; n < kDims / 8; ++n) {
           sums[m][n][0] *= upper;
           sums[m][n][1] *= upper;
           sums[m][n][2] *= lower;
@@ -259,9 +267,9 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
         load_matrices(a[0], &memory.powers[lane % 16][k + lane / 16 * 8]);
         load_matrices(a[1], &memory.powers[16 + lane % 16][k + lane / 16 * 8]);
 #pragma unroll
-        for (int n = 0; n < 8; n += 2) {
+        for (int n = 0; n < kDims / 8; n += 2) {
           std::uint32_t b[4];
-          load_transposed(b, &keys[k + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]);
+          load_transposed(b, &keys[k + lane % 16][warp * kDims + n * 8 + lane / 16 * 8]);
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             multiply_tile(sums[m][n], a[m], b[0], b[1]);
@@ -271,15 +279,13 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       }
       __syncthreads(); // keys, scores and powers are written again
     }
-    asm volatile("cp.async.wait_group 0;");
-    __syncthreads();
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
+      for (int n = 0; n < kDims / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          part.sums[m * 16 + i / 2 * 8 + lane / 4][warp * 64 + n * 8 + lane % 4 * 2 + i % 2] =
+          part.sums[m * 16 + i / 2 * 8 + lane / 4][warp * kDims + n * 8 + lane % 4 * 2 + i % 2] =
             sums[m][n][i];
         }
       }
@@ -290,7 +296,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
     const int dims = kWideLatent / num_parts; // of each block; 512 / 3 leaves two to the last
     const int first_dim = rank * dims;
     const int last_dim = rank + 1 == num_parts ? kWideLatent : first_dim + dims;
-    for (int head = warp; head < kHeads; head += kThreads / 32) {
+    for (int head = warp; head < kHeads; head += kWarps) {
       if (first_head + head >= num_heads) {
         break;
       }

@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
     }
     __syncwarp();
     wait_groups<0>();
+    __syncwarp();
     if (lane == 0) {
       arrive(&empty[stage]);
     }

@@ -1,11 +1,10 @@
 #pragma once
 
 // The matrix unit of Hopper, of four warps at once (PTX ISA, "Asynchronous Warpgroup Level Matrix
-// Multiply-Accumulate Instructions"), bulk copies into shared memory and the barriers that say when
-// they are there. On Hopper a sum has the same bits from these as from mma.m16n8k16, whatever the
+// Multiply-Accumulate Instructions"). On Hopper a sum has the same bits from these as from mma.m16n8k16, whatever the
 // order of the 16 columns (measured: tests/kernels/cuda/linear_test.cpp would fail otherwise).
 
-#include "troupe/kernels/cuda/mma.cuh"
+#include "troupe/kernels/cuda/bulk_copy.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TROUPE_HOPPER 1
@@ -87,42 +86,6 @@ __device__ inline void commit_group() {
 template <int kMost>
 __device__ inline void wait_groups() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kMost) : "memory");
-}
-
-__device__ inline std::uint32_t shared_address(const void* at) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
-}
-
-__device__ inline void make_barrier(std::uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-}
-
-__device__ inline void arrive(std::uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ inline void arrive_expecting(std::uint64_t* barrier, std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-
-/// Until the phase of this parity is over.
-__device__ inline void wait_barrier(std::uint64_t* barrier, std::uint32_t parity) {
-  asm volatile("{\n.reg .pred done;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-               "@!done bra again;\n}\n" ::"r"(shared_address(barrier)),
-               "r"(parity)
-               : "memory");
-}
-
-__device__ inline void copy_bulk(void* to, const void* from, std::uint32_t bytes,
-                                 std::uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
 }
 
 #endif

@@ -107,15 +107,10 @@ std::vector<sampled_token> draw(const matrix& logits, const std::vector<sampling
   return result;
 }
 
-} // namespace
-
-TEST_CASE("tokens are drawn as the reference draws them") {
-  if (gpu() == nullptr) {
-    return;
-  }
+void check_tokens(std::initializer_list<int> vocabularies) {
   std::mt19937 random(12);
   const std::vector<std::int32_t> banned{3, 50, 9999999, -1};
-  for (const int vocabulary : {8, 1003, 129280}) {
+  for (const int vocabulary : vocabularies) {
     const int rows = vocabulary > 100000 ? 24 : 150;
     auto logits = random_matrix(rows, vocabulary, random, 3.0F);
     std::vector<sampling_params> params(rows);
@@ -156,6 +151,20 @@ TEST_CASE("tokens are drawn as the reference draws them") {
     const auto alone = draw(select_rows(logits, {rows - 1}), {params.back()}, *gpu());
     CHECK(alone[0].token == got.back().token);
     CHECK(alone[0].logprob == got.back().logprob);
+  }
+}
+
+} // namespace
+
+TEST_CASE("tokens are drawn as the reference draws them") {
+  if (gpu() != nullptr) {
+    check_tokens({8, 1003});
+  }
+}
+
+TEST_CASE("tokens of R1's vocabulary are drawn as the reference draws them", "[large]") {
+  if (gpu() != nullptr) {
+    check_tokens({129280});
   }
 }
 

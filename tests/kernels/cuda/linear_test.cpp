@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <random>
+#include <span>
 
 namespace kernel_tests {
 
@@ -63,20 +64,19 @@ const shape kShapes[] = {
   {256, 1024, element_type::i4, 1, 128},
   {40, 256, element_type::i4, 1, 256},
   {33, 100, element_type::i4, 1, 32},
-  // So many that tiles are not shared by blocks.
+  {130, 512, element_type::f8_e4m3, 128, 128},
+};
+
+/// So many rows that no tile is shared by blocks.
+const shape kLargeShapes[] = {
   {9000, 1152, element_type::f8_e4m3, 128, 128},
   {9000, 640, element_type::i4, 1, 128},
   {34000, 640, element_type::bf16},
 };
 
-} // namespace
-
-TEST_CASE("products are those of the reference, the same bits for a row in any company") {
-  if (gpu() == nullptr) {
-    return;
-  }
+void check_products(std::span<const shape> shapes) {
   std::mt19937 random(1);
-  for (const auto& s : kShapes) {
+  for (const auto& s : shapes) {
     const auto w = weight_of(s, random);
     const auto placed = gpu()->place(w.view);
     constexpr int kRows = 200;
@@ -104,6 +104,21 @@ TEST_CASE("products are those of the reference, the same bits for a row in any c
     CHECK(same_bits(rounded(logits.read()), got));
   }
   CHECK(gpu()->failure().empty());
+}
+
+} // namespace
+
+TEST_CASE("products are those of the reference, the same bits for a row in any company") {
+  if (gpu() != nullptr) {
+    check_products(kShapes);
+  }
+}
+
+TEST_CASE("large products are those of the reference, the same bits for a row in any company",
+          "[large]") {
+  if (gpu() != nullptr) {
+    check_products(kLargeShapes);
+  }
 }
 
 TEST_CASE("every code of f8 and i8 stands for its value, NaN included") {
