@@ -239,6 +239,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
         const int head = warp * kMine + j;
         memory.powers[head][lane] = __float2bfloat16_rn(first[j]);
         memory.powers[head][lane + 32] = __float2bfloat16_rn(second[j]);
+        __syncwarp(); // every lane has read what the first one writes
         if (lane == 0) {
           const float shrink = exp2f((before[j] - best[j]) * 1.44269504F);
           memory.shrink[head] = shrink;

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
   if (thread == 0) {
     for (int i = 0; i < shape::kStages; ++i) {
       make_barrier(&full[i], 1);
-      make_barrier(&empty[i], kWideThreads / 32);
+      make_barrier(&empty[i], kWideThreads);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     for (std::int32_t block = first_block;
@@ -163,16 +163,22 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
       commit_group();
     }
     // The stage of the last block is free once the slowest warp is through with it.
+#ifndef TROUPE_VARIANT_B
     if (thread == 0 && turn > 0 && block - 1 + shape::kStages < last_block) {
       wait_barrier(&empty[(turn - 1) % shape::kStages], ((turn - 1) / shape::kStages) & 1);
       load_block(block - 1 + shape::kStages);
     }
     __syncwarp();
+#endif
     wait_groups<0>();
-    __syncwarp();
-    if (lane == 0) {
-      arrive(&empty[stage]);
+#ifdef TROUPE_VARIANT_B
+    __syncthreads();
+    if (thread == 0 && block + shape::kStages < last_block) {
+      load_block(block + shape::kStages);
     }
+#else
+    arrive(&empty[stage]);
+#endif
 #pragma unroll
     for (int i = 0; i < shape::kValues; ++i) {
       total[i] = fmaf(part[i], factor[i / 2 % 2], total[i]);

@@ -9,7 +9,7 @@ namespace {
 constexpr int kWarps = 8;
 
 /// One warp an expert, in float32 throughout: a tie may hang on it.
-__global__ void router_logits(rows_of_bf16 x, const void* w, bool is_float,
+__global__ void router_logits(rows_of_bf16 x, const void* w, bool is_float, bool is_aligned,
                               std::int32_t num_experts, float* logits) {
   const std::int64_t row = blockIdx.y;
   const std::int32_t expert = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -19,6 +19,27 @@ __global__ void router_logits(rows_of_bf16 x, const void* w, bool is_float,
   const bf16* from = x.data + row * x.stride;
   const auto first = std::int64_t{expert} * x.num_cols;
   float dot = 0.0F;
+  if (!is_float && is_aligned) {
+    const auto* values = reinterpret_cast<const uint4*>(from);
+    const auto* row_of_w = reinterpret_cast<const uint4*>(static_cast<const bf16*>(w) + first);
+#pragma unroll 4
+    for (std::int32_t k = threadIdx.x % 32; k < x.num_cols / 8; k += 32) {
+      const uint4 a = values[k];
+      const uint4 b = __ldg(row_of_w + k);
+      const std::uint32_t as[4] = {a.x, a.y, a.z, a.w};
+      const std::uint32_t bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        dot = fmaf(__uint_as_float(as[j] << 16), __uint_as_float(bs[j] << 16), dot);
+        dot = fmaf(__uint_as_float(as[j] & 0xFFFF0000U), __uint_as_float(bs[j] & 0xFFFF0000U), dot);
+      }
+    }
+    dot = warp_sum(dot);
+    if (threadIdx.x % 32 == 0) {
+      logits[row * num_experts + expert] = dot;
+    }
+    return;
+  }
   for (std::int32_t k = threadIdx.x % 32; k < x.num_cols; k += 32) {
     const float weight = is_float ? static_cast<const float*>(w)[first + k]
                                   : __bfloat162float(static_cast<const bf16*>(w)[first + k]);
@@ -124,22 +145,25 @@ __global__ void __launch_bounds__(32)
     }
     __syncwarp();
   }
-  if (lane != 0) {
-    return;
-  }
-  float total = 0.0F;
   std::int32_t count = 0;
-  for (std::int32_t e = 0; e < num_experts; ++e) {
-    if (chosen[e] != 0.0F) {
-      experts[count] = e;
-      weights[count] = scores[e];
-      total += scores[e];
-      ++count;
+  for (std::int32_t first = 0; first < num_experts; first += 32) {
+    const bool mine = first + lane < num_experts && chosen[first + lane] != 0.0F;
+    const unsigned taken = __ballot_sync(kAllLanes, mine);
+    if (mine) {
+      const std::int32_t at = count + __popc(taken & ((1U << lane) - 1));
+      experts[at] = first + lane;
+      biased[at] = scores[first + lane]; // no longer needed for anything else
     }
+    count += __popc(taken);
+  }
+  __syncwarp();
+  float total = 0.0F;
+  for (std::int32_t k = 0; k < params.top_k; ++k) {
+    total += biased[k];
   }
   const float divisor = params.normalise ? total + 1e-20F : 1.0F;
-  for (std::int32_t k = 0; k < count; ++k) {
-    weights[k] = weights[k] / divisor * params.scaling_factor;
+  for (std::int32_t k = lane; k < params.top_k; k += 32) {
+    weights[k] = biased[k] / divisor * params.scaling_factor;
   }
 }
 
@@ -148,8 +172,11 @@ __global__ void __launch_bounds__(32)
 void launch_router_logits(cudaStream_t stream, const rows_of_bf16& x, const weight_matrix& w,
                           float* logits) {
   const dim3 grid(ceil_div(w.num_rows, kWarps), x.num_rows);
+  const auto addresses =
+    reinterpret_cast<std::uintptr_t>(x.data) | reinterpret_cast<std::uintptr_t>(w.data);
+  const bool is_aligned = addresses % 16 == 0 && x.stride % 8 == 0 && x.num_cols % 8 == 0;
   router_logits<<<grid, kWarps * 32, 0, stream>>>(x, w.data, w.type == element_type::f32,
-                                                  w.num_rows, logits);
+                                                  is_aligned, w.num_rows, logits);
 }
 
 void launch_choose_experts(cudaStream_t stream, const float* logits, std::int32_t num_rows,

@@ -340,7 +340,8 @@ __global__ void __launch_bounds__(kThreads)
 
   std::int32_t token = params.target;
   if (token < 0) {
-    const count64 first = best_after(allowed, num_tokens, true, 0, memory.block);
+    const count64 first =
+      allowed == logits ? top : best_after(allowed, num_tokens, true, 0, memory.block);
     const float best = first == nobody ? -INFINITY : allowed[static_cast<std::uint32_t>(first)];
     if (best == -INFINITY) {
       token = -1;
