@@ -27,9 +27,9 @@ __device__ void attend(const query& q, std::int32_t row, float scale, const devi
                        const device_pages& pages, bf16* out) {
   extern __shared__ float memory[];
   const std::int32_t key_width = q.first_width + q.second_width;
-  float* query_values = memory;                    // [key_width]
-  float* sums = query_values + key_width;          // [value_width]
-  float* scores = sums + q.value_width;            // [kKeysOfTile]
+  float* query_values = memory;           // [key_width]
+  float* sums = query_values + key_width; // [value_width]
+  float* scores = sums + q.value_width;   // [kKeysOfTile]
   __shared__ float block_memory[32];
   __shared__ std::int64_t places[kKeysOfTile];
 
@@ -131,8 +131,8 @@ void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
                              const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
                              const device_pages& pages, const rows_of_bf16& out) {
-  const auto addresses = reinterpret_cast<std::uintptr_t>(q_latent.data)
-                         | reinterpret_cast<std::uintptr_t>(q_rope.data);
+  const auto addresses =
+    reinterpret_cast<std::uintptr_t>(q_latent.data) | reinterpret_cast<std::uintptr_t>(q_rope.data);
   const auto strides = q_latent.stride | q_rope.stride | q_rope_head_stride;
   if (pages.first_width == kWideLatent && pages.second_width == kWideRope && addresses % 16 == 0
       && strides % 8 == 0) {
@@ -141,9 +141,9 @@ void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
     return;
   }
   const dim3 grid(num_heads, q_latent.num_rows);
-  latent_attention<<<grid, kThreads,
-                     memory_of(pages.first_width + pages.second_width, pages.first_width),
-                     stream>>>(q_latent, q_rope, q_rope_head_stride, scale, batch, pages, out);
+  latent_attention<<<
+    grid, kThreads, memory_of(pages.first_width + pages.second_width, pages.first_width), stream>>>(
+    q_latent, q_rope, q_rope_head_stride, scale, batch, pages, out);
 }
 
 void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,

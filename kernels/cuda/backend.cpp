@@ -208,10 +208,9 @@ void cuda_ops::grouped_attention(const rows_view& q, std::int32_t num_heads, flo
                                  const rows_view& out) {
   const std::int32_t width = kv.num_kv_heads * kv.head_dim;
   if (begin(q.num_rows)) {
-    launch_grouped_attention(stream_, as_bf16(q), num_heads, kv.num_kv_heads, scale,
-                             upload_batch(batch),
-                             {static_cast<bf16*>(kv.data), kv.page_tokens, width, width},
-                             as_bf16(out));
+    launch_grouped_attention(
+      stream_, as_bf16(q), num_heads, kv.num_kv_heads, scale, upload_batch(batch),
+      {static_cast<bf16*>(kv.data), kv.page_tokens, width, width}, as_bf16(out));
     launched("grouped_attention");
   }
 }
@@ -313,8 +312,8 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
   const auto* device_params = ring_.put(std::span<const device_sampling>(sampling_));
   const auto* banned =
     banned_.empty() ? nullptr : ring_.put(std::span<const std::int32_t>(banned_));
-  auto* allowed =
-    banned_.empty() ? nullptr
+  auto* allowed = banned_.empty()
+                    ? nullptr
                     : allowed_.take<float>(static_cast<std::size_t>(num_rows) * logits.num_cols);
   auto* drawn = results_.take<sampled_token>(num_rows);
   auto* host = download_.take(bytes);
@@ -344,9 +343,8 @@ bool cuda_ops::all_finite(const rows_view& x) {
   gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
   launch_find_not_finite(stream_, as_bf16(x), found);
   launched("all_finite");
-  gpu_.check(
-    cudaMemcpyAsync(host, found, sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
-    "copy of a flag");
+  gpu_.check(cudaMemcpyAsync(host, found, sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
+             "copy of a flag");
   synchronise();
   return gpu_.ok() && *host == 0;
 }

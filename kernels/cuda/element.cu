@@ -77,9 +77,8 @@ __global__ void __launch_bounds__(1024)
     const float factors[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const auto pair =
-        __floats2bfloat162_rn(values[2 * j] * inverse * factors[2 * j],
-                              values[2 * j + 1] * inverse * factors[2 * j + 1]);
+      const auto pair = __floats2bfloat162_rn(values[2 * j] * inverse * factors[2 * j],
+                                              values[2 * j + 1] * inverse * factors[2 * j + 1]);
       memcpy(&in.pairs[j], &pair, 4);
     }
     reinterpret_cast<uint4*>(out.data + blockIdx.x * out.stride)[at] = in.words;

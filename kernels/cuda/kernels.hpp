@@ -105,9 +105,9 @@ struct linear_args {
   std::int64_t x_stride = 0; ///< readable up to whole blocks, rows begin at multiples of 16 bytes
   std::int64_t out_stride = 0;
   bool float_out = false;
-  const void* packed_x = nullptr;  ///< rows as launch_pack_rows leaves them; null: not packed
-  std::int64_t packed_groups = 0;  ///< groups of eight rows
-  std::int64_t packed_step = 0;    ///< bytes from job to job
+  const void* packed_x = nullptr; ///< rows as launch_pack_rows leaves them; null: not packed
+  std::int64_t packed_groups = 0; ///< groups of eight rows
+  std::int64_t packed_step = 0;   ///< bytes from job to job
 };
 
 /// Groups of packed rows that a kernel may read beyond the last.
@@ -115,8 +115,8 @@ inline constexpr std::int32_t kSpareGroups = 16;
 
 /// Packs rows for the matrix unit of Hopper: num_jobs times (x moved on by x_step each time)
 /// [64 columns][group][8 rows][128 bytes], the columns of a row in the order of packed_matrix and
-/// its pieces of 16 bytes exchanged by row. slots[i] is the row of x that comes to place i, -1 none;
-/// null: the first ones.
+/// its pieces of 16 bytes exchanged by row. slots[i] is the row of x that comes to place i, -1
+/// none; null: the first ones.
 void launch_pack_rows(cudaStream_t stream, const rows_of_bf16& x, const std::int32_t* slots,
                       std::int32_t num_groups, std::int32_t num_jobs, std::int64_t x_step,
                       std::int32_t num_cols, void* out);

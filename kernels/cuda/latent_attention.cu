@@ -24,7 +24,7 @@ constexpr int kKeys = 64;
 constexpr int kWidth = kWideLatent + kWideRope;
 constexpr int kPitch = kWidth + 8; ///< elements; spreads the rows over the banks
 constexpr int kParts = 4;
-constexpr int kTilesOfPart = 4; ///< fewer are not worth a block of their own
+constexpr int kTilesOfPart = 4;             ///< fewer are not worth a block of their own
 constexpr int kDims = kWideLatent / kWarps; ///< of the result, for a warp
 
 constexpr int kColumnParts = 4; ///< into which the columns of a score are cut, one for a warp
@@ -70,9 +70,9 @@ __device__ void copy_16(void* to, const void* from, bool inside) {
 }
 
 __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
-  wide_latent_attention(rows_of_bf16 q_latent, rows_of_bf16 q_rope,
-                        std::int32_t q_rope_head_stride, std::int32_t num_heads, float scale,
-                        device_batch batch, device_pages pages, rows_of_bf16 out) {
+  wide_latent_attention(rows_of_bf16 q_latent, rows_of_bf16 q_rope, std::int32_t q_rope_head_stride,
+                        std::int32_t num_heads, float scale, device_batch batch, device_pages pages,
+                        rows_of_bf16 out) {
   extern __shared__ __align__(128) unsigned char raw_memory[];
   auto& memory = *reinterpret_cast<attention_memory*>(raw_memory);
   auto& part = *reinterpret_cast<attention_part*>(memory.keys);
@@ -307,8 +307,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
       float total = 0.0F;
 #pragma unroll
       for (int p = 0; p < kParts; ++p) {
-        largest[p] =
-          p < num_parts ? *cluster.map_shared_rank(&memory.largest[head], p) : -INFINITY;
+        largest[p] = p < num_parts ? *cluster.map_shared_rank(&memory.largest[head], p) : -INFINITY;
         best = fmaxf(best, largest[p]);
       }
 #pragma unroll
@@ -343,8 +342,8 @@ void launch_wide_latent_attention(cudaStream_t stream, const rows_of_bf16& q_lat
   constexpr auto kBytes = static_cast<int>(sizeof(attention_memory));
   cudaFuncSetAttribute(wide_latent_attention, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   const dim3 grid(kParts, ceil_div(num_heads, kHeads), q_latent.num_rows);
-  wide_latent_attention<<<grid, kThreads, kBytes, stream>>>(
-    q_latent, q_rope, q_rope_head_stride, num_heads, scale, batch, pages, out);
+  wide_latent_attention<<<grid, kThreads, kBytes, stream>>>(q_latent, q_rope, q_rope_head_stride,
+                                                            num_heads, scale, batch, pages, out);
 }
 
 } // namespace troupe::kernels::cuda

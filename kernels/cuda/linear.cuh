@@ -184,9 +184,8 @@ void launch_few(cudaStream_t stream, const linear_args& args) {
 /// The shape that suits the number of rows and of tiles; every shape gives the same bits.
 template <packed_type Type>
 void launch_typed(cudaStream_t stream, const linear_args& args, std::int32_t num_multiprocessors) {
-  const auto num_groups =
-    std::int64_t{ceil_div(args.job_cols, kTileRows)} * args.num_jobs * num_splits(args.w.num_cols)
-    / kLinearWarps;
+  const auto num_groups = std::int64_t{ceil_div(args.job_cols, kTileRows)} * args.num_jobs
+                          * num_splits(args.w.num_cols) / kLinearWarps;
   if (args.packed_x != nullptr) {
     launch_wide<Type>(stream, args, num_multiprocessors);
   } else if (args.max_rows > 32) {

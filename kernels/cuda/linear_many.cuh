@@ -1,7 +1,8 @@
 #pragma once
 
-// Products of many rows where there is no matrix unit of Hopper: tiles of both operands in shared memory, three blocks of columns on their
-// way. Sums are made as linear.cuh says, so a row gets the same bits from either kernel.
+// Products of many rows where there is no matrix unit of Hopper: tiles of both operands in shared
+// memory, three blocks of columns on their way. Sums are made as linear.cuh says, so a row gets the
+// same bits from either kernel.
 
 #include "troupe/kernels/cuda/wgmma.cuh"
 
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(256, 1) linear_many(const linear_args args) {
     __syncthreads();
     load_block(block + shape::kStages - 1);
     const unsigned char* stage = memory + block % shape::kStages * shape::kStageBytes;
-    const auto* weights = reinterpret_cast<const uint4*>(stage)
-                          + warp_row * kRowTiles * 64 * kWords + lane;
+    const auto* weights =
+      reinterpret_cast<const uint4*>(stage) + warp_row * kRowTiles * 64 * kWords + lane;
     const unsigned char* tokens =
       stage + shape::kWeightBytes + (warp_col * kTokenTiles * 8 + lane / 4) * 256 + lane % 4 * 16;
     float part[kRowTiles][kTokenTiles][4] = {};

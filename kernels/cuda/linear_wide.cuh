@@ -2,8 +2,8 @@
 
 // Products of more than a few rows on the matrix unit of Hopper. The weight comes through shared
 // memory as it is packed and is expanded in registers; rows of x were packed before
-// (launch_pack_rows) in the order of the weight's columns. Two groups of four warps multiply 64 rows
-// of the weight each by kTokens rows of x; one thread of them sees to the copies.
+// (launch_pack_rows) in the order of the weight's columns. Two groups of four warps multiply 64
+// rows of the weight each by kTokens rows of x; one thread of them sees to the copies.
 //
 // Sums are made as linear.cuh says. Where there are few tiles, each part of the columns has a block
 // of its own, and the blocks of a cluster add their parts in order.
@@ -24,7 +24,7 @@ struct wide_shape {
   static constexpr int kHalfBytes = kTokens * 128; ///< 64 columns of the rows of x
   static constexpr int kStageBytes = kWeightBytes + 2 * kHalfBytes;
   static constexpr int kSumBytes = kValues * kWideThreads * 4;
-  static constexpr int kBlocks = kTokens > 64 ? 1 : 2;           ///< on a multiprocessor
+  static constexpr int kBlocks = kTokens > 64 ? 1 : 2; ///< on a multiprocessor
   static constexpr int kStages = (222 * 1024 / kBlocks - 2048) / kStageBytes;
   static constexpr int kBytes = kStages * kStageBytes + 1024; // begins at 1024 bytes
   static_assert(kStages >= 2 && kSumBytes <= kStages * kStageBytes);
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
       make_barrier(&empty[i], kWideThreads);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    for (std::int32_t block = first_block;
-         block < min(last_block, first_block + shape::kStages); ++block) {
+    for (std::int32_t block = first_block; block < min(last_block, first_block + shape::kStages);
+         ++block) {
       load_block(block);
     }
   }
@@ -163,22 +163,13 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
       commit_group();
     }
     // The stage of the last block is free once the slowest warp is through with it.
-#ifndef TROUPE_VARIANT_B
     if (thread == 0 && turn > 0 && block - 1 + shape::kStages < last_block) {
       wait_barrier(&empty[(turn - 1) % shape::kStages], ((turn - 1) / shape::kStages) & 1);
       load_block(block - 1 + shape::kStages);
     }
     __syncwarp();
-#endif
     wait_groups<0>();
-#ifdef TROUPE_VARIANT_B
-    __syncthreads();
-    if (thread == 0 && block + shape::kStages < last_block) {
-      load_block(block + shape::kStages);
-    }
-#else
     arrive(&empty[stage]);
-#endif
 #pragma unroll
     for (int i = 0; i < shape::kValues; ++i) {
       total[i] = fmaf(part[i], factor[i / 2 % 2], total[i]);
@@ -203,8 +194,8 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
 
   const auto store = [&](int i, float value) {
     const std::int32_t row = first_token + i / 4 * 8 + lane % 4 * 2 + i % 2;
-    const std::int32_t col = row_tile * kWideRows + warp * kTileRows + i / 2 % 2 * 8 + lane / 4
-                             - first_row % kTileRows;
+    const std::int32_t col =
+      row_tile * kWideRows + warp * kTileRows + i / 2 % 2 * 8 + lane / 4 - first_row % kTileRows;
     if (row < job.num_rows && col >= 0 && col < args.job_cols) {
       store_out(args, job, row, col, value);
     }
@@ -251,8 +242,7 @@ void launch_wide_shape(cudaStream_t stream, const linear_args& args) {
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim =
-    dim3(row_tiles * ceil_div(args.max_rows, kTokens) * splits, args.num_jobs);
+  config.gridDim = dim3(row_tiles * ceil_div(args.max_rows, kTokens) * splits, args.num_jobs);
   config.blockDim = dim3(kWideThreads);
   config.dynamicSmemBytes = shape::kBytes;
   config.stream = stream;

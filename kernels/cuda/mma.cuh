@@ -44,10 +44,10 @@ __device__ inline void expand_f8(std::uint32_t codes, std::uint32_t& low, std::u
 __device__ inline void expand_i8(std::uint32_t codes, std::uint32_t& low, std::uint32_t& high) {
   const std::uint32_t a = __byte_perm(codes, 0, 0x4140);
   const std::uint32_t b = __byte_perm(codes, 0, 0x4342);
-  low = as_bits(__hsub2(as_pair((a & 0x007F007F) | 0x43004300),
-                        as_pair((a & 0x00800080) | 0x43004300)));
-  high = as_bits(__hsub2(as_pair((b & 0x007F007F) | 0x43004300),
-                         as_pair((b & 0x00800080) | 0x43004300)));
+  low = as_bits(
+    __hsub2(as_pair((a & 0x007F007F) | 0x43004300), as_pair((a & 0x00800080) | 0x43004300)));
+  high = as_bits(
+    __hsub2(as_pair((b & 0x007F007F) | 0x43004300), as_pair((b & 0x00800080) | 0x43004300)));
 }
 
 /// Lane registers of one block of kBlockCols columns of one half tile, as stored.

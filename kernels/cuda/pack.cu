@@ -102,8 +102,9 @@ __global__ void pack(weight_matrix w, packed_matrix to, std::int64_t count, std:
   static_cast<uint4*>(const_cast<void*>(to.data))[i] = out.words;
 }
 
-/// A thread moves 32 columns of a row: four pieces of 16 bytes, whose pairs of columns change places
-/// so that the matrix unit meets them in the order in which a lane holds those of the weight.
+/// A thread moves 32 columns of a row: four pieces of 16 bytes, whose pairs of columns change
+/// places so that the matrix unit meets them in the order in which a lane holds those of the
+/// weight.
 __global__ void pack_rows(rows_of_bf16 x, const std::int32_t* slots, std::int32_t num_groups,
                           std::int64_t x_step, std::int32_t num_cols, std::int32_t num_col_groups,
                           uint4* out) {

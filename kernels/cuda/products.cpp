@@ -129,9 +129,8 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
     gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
     launch_pack(stream_, on_device, packed, found);
     launched("packing of a weight");
-    gpu_.check(
-      cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
-      "copy of a flag");
+    gpu_.check(cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
+               "copy of a flag");
     synchronise();
     if (has_nan == 0 || packed.type == packed_type::bf16) {
       break;
@@ -188,8 +187,8 @@ bool cuda_ops::pack_rows(const rows_of_bf16& x, std::span<const std::int32_t> sl
   args.packed_groups = num_groups;
   const auto step = std::int64_t{num_halves} * num_groups * 1024;
   args.packed_step = num_jobs > 1 ? step : 0;
-  auto* image = packed_rows_.take<std::byte>(
-    static_cast<std::size_t>(step * num_jobs + kSpareGroups * 1024));
+  auto* image =
+    packed_rows_.take<std::byte>(static_cast<std::size_t>(step * num_jobs + kSpareGroups * 1024));
   const auto* device_slots = slots.empty() ? nullptr : ring_.put(slots);
   if (!gpu_.ok()) {
     return false;
@@ -292,7 +291,9 @@ void cuda_ops::queue_runs(std::span<const expert_weights> experts,
   for (const auto& run : runs_) {
     const auto& w = packed(experts[run.expert].*part);
     const std::int64_t first = run.first_task;
-    linear_job job{w.data, w.scales, w.zeros, x.data, nullptr, out + first * out_stride,
+    linear_job job{w.data,        w.scales,
+                   w.zeros,       x.data,
+                   nullptr,       out + first * out_stride,
                    run.num_tasks, std::max(run.first_group, 0)};
     if (task_rows != nullptr) {
       job.rows = task_rows + first;

@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(32)
   extern __shared__ float memory[];
   const std::int32_t num_experts = params.num_experts;
   const std::int32_t group_size = num_experts / params.num_groups;
-  float* scores = memory;                    // [num_experts]
-  float* biased = scores + num_experts;      // [num_experts]
-  float* groups = biased + num_experts;      // [num_groups]
+  float* scores = memory;                     // [num_experts]
+  float* biased = scores + num_experts;       // [num_experts]
+  float* groups = biased + num_experts;       // [num_groups]
   float* chosen = groups + params.num_groups; // [num_experts], 1 where taken
   const auto row = static_cast<std::int64_t>(blockIdx.x);
   const auto lane = static_cast<std::int32_t>(threadIdx.x);

@@ -7,7 +7,7 @@ namespace troupe::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kBins = 2048; ///< two for each thread
+constexpr int kBins = 2048;     ///< two for each thread
 constexpr int kListSize = 1024; ///< one for each thread
 
 /// Below this the distribution has collapsed on its best token (vLLM draws the same line).
@@ -248,7 +248,8 @@ __device__ count64 select(const candidates& from, count64 threshold, bool by_cou
     count64 sum = 0;
     for (std::int32_t t = threadIdx.x; t < from.num_tokens; t += kThreads) {
       const float logit = from.logits[t];
-      if (from.bin(logit) == coarse && from.fine_bin(logit) == fine && rank_of(logit, t) <= middle) {
+      if (from.bin(logit) == coarse && from.fine_bin(logit) == fine
+          && rank_of(logit, t) <= middle) {
         const count64 units = from.units(t);
         sum += by_count ? (units != 0 ? 1 : 0) : units;
       }

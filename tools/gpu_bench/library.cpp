@@ -31,7 +31,8 @@ double library_rate(gpu_ops& ops, std::int64_t m, std::int64_t n, std::int64_t k
     return 0.0;
   }
   const auto create = library.find<decltype(cublasLtCreate)>("cublasLtCreate");
-  const auto describe = library.find<decltype(cublasLtMatmulDescCreate)>("cublasLtMatmulDescCreate");
+  const auto describe =
+    library.find<decltype(cublasLtMatmulDescCreate)>("cublasLtMatmulDescCreate");
   const auto set =
     library.find<decltype(cublasLtMatmulDescSetAttribute)>("cublasLtMatmulDescSetAttribute");
   const auto lay_out =

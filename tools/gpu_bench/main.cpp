@@ -132,8 +132,8 @@ void bench_attention(gpu_ops& ops) {
        {std::pair{1, 1024}, std::pair{1, 8192}, std::pair{32, 1024}, std::pair{32, 4096},
         std::pair{128, 1024}, std::pair{128, 4096}}) {
     const int pages_each = context / kPage;
-    const auto pages = random_rows(
-      ops, static_cast<std::size_t>(batch) * pages_each * kPage * (kLatent + kRope));
+    const auto pages =
+      random_rows(ops, static_cast<std::size_t>(batch) * pages_each * kPage * (kLatent + kRope));
     std::vector<std::int32_t> positions(batch, context - 1), sequences(batch), offsets(batch);
     std::vector<std::int32_t> tables(static_cast<std::size_t>(batch) * pages_each);
     std::iota(sequences.begin(), sequences.end(), 0);
@@ -148,15 +148,14 @@ void bench_attention(gpu_ops& ops) {
     const kv_layer_view kv{pages.get(), batch * pages_each, kPage, kLatent, kRope};
     const double time = time_graph(ops, 8, [&](int) {
       ops.latent_attention({q.get(), batch, kHeads * kLatent, kHeads * kLatent},
-                           {rope.get(), batch, kHeads * kRope, kHeads * kRope}, kRope, kHeads,
-                           0.1F, {positions, sequences, tables, offsets}, kv,
+                           {rope.get(), batch, kHeads * kRope, kHeads * kRope}, kRope, kHeads, 0.1F,
+                           {positions, sequences, tables, offsets}, kv,
                            {out.get(), batch, kHeads * kLatent, kHeads * kLatent});
     });
     char name[80];
     std::snprintf(name, sizeof(name), "latent attention, %d rows at %d", batch, context);
     const double keys = static_cast<double>(batch) * context;
-    print(name, time,
-          keys * 2 * (kLatent + kRope) + 2.0 * batch * kHeads * (2 * kLatent + kRope),
+    print(name, time, keys * 2 * (kLatent + kRope) + 2.0 * batch * kHeads * (2 * kLatent + kRope),
           2.0 * keys * kHeads * (2 * kLatent + kRope));
   }
 }

@@ -47,8 +47,8 @@ public:
                           && spec.name.find("mlp.gate.weight") == std::string::npos;
       auto shape = is_vector ? std::vector<std::int64_t>{spec.num_cols}
                              : std::vector<std::int64_t>{spec.num_rows, spec.num_cols};
-      largest = std::max<std::int64_t>(
-        largest, std::int64_t{std::max(spec.num_rows, 1)} * spec.num_cols * (is_fp8 ? 1 : 2));
+      largest = std::max<std::int64_t>(largest, std::int64_t{std::max(spec.num_rows, 1)}
+                                                  * spec.num_cols * (is_fp8 ? 1 : 2));
       add(spec.name, is_vector ? kind::ones : is_fp8 ? kind::fp8 : kind::bf16, shape);
       if (is_fp8) {
         add(spec.name + "_scale_inv", kind::scale,
@@ -132,8 +132,8 @@ void bench_steps(kernels::cuda::gpu_ops& ops) {
   options.end_layer = config->num_layers;
   options.max_rows = kMostRows;
   options.checks_finite = false;
-  auto stage = model::stage_model::load(std::make_shared<shared_noise>(*config), *config, options,
-                                        ops);
+  auto stage =
+    model::stage_model::load(std::make_shared<shared_noise>(*config), *config, options, ops);
   if (!stage) {
     std::printf("steps: %s\n", stage.error().cause.c_str());
     return;

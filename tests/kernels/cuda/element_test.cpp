@@ -72,8 +72,8 @@ TEST_CASE("rotation of neighbours and of halves is that of the reference") {
     } else {
       reference().rope(expected.view(), kHeads, kStride, kOffset, kWidth, positions,
                        inv_freq.data(), 1.3F);
-      gpu()->rope(on_gpu.view(), kHeads, kStride, kOffset, kWidth, positions,
-                  gpu_vector(inv_freq), 1.3F);
+      gpu()->rope(on_gpu.view(), kHeads, kStride, kOffset, kWidth, positions, gpu_vector(inv_freq),
+                  1.3F);
     }
     const auto got = on_gpu.read();
     for (std::size_t row = 0; row < positions.size(); ++row) {
@@ -89,8 +89,7 @@ TEST_CASE("rows of a table, of any type") {
   }
   std::mt19937 random(8);
   for (const auto type : {element_type::f32, element_type::bf16, element_type::f8_e4m3}) {
-    const auto table =
-      random_weight(type, 50, 100, random, type == element_type::f8_e4m3, 16, 32);
+    const auto table = random_weight(type, 50, 100, random, type == element_type::f8_e4m3, 16, 32);
     const auto placed = gpu()->place(table.view, weight_use::stored);
     const std::vector<std::int32_t> ids{49, 0, 7, 7};
     matrix expected(4, 100);

@@ -128,8 +128,7 @@ inline const float* gpu_vector(const std::vector<float>& values) {
   w.data = values.data();
   w.num_rows = 1;
   w.num_cols = static_cast<std::int32_t>(values.size());
-  return static_cast<const float*>(
-    gpu()->place(w, troupe::kernels::weight_use::stored).data);
+  return static_cast<const float*>(gpu()->place(w, troupe::kernels::weight_use::stored).data);
 }
 
 /// ||a - b|| / ||b||; NaN never passes a comparison.

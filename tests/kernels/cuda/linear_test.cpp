@@ -34,8 +34,14 @@ test_weight random_i4(int rows, int cols, int block_cols, std::mt19937& random) 
     std::memcpy(w.scales->data() + i * 4, &scale, 4);
     zeros[i] = static_cast<unsigned char>(random() % 16);
   }
-  w.view = {w.data->data(), element_type::i4, rows, cols,
-            reinterpret_cast<const float*>(w.scales->data()), 1, block_cols, zeros};
+  w.view = {w.data->data(),
+            element_type::i4,
+            rows,
+            cols,
+            reinterpret_cast<const float*>(w.scales->data()),
+            1,
+            block_cols,
+            zeros};
   return w;
 }
 
@@ -44,7 +50,8 @@ test_weight weight_of(const shape& s, std::mt19937& random) {
     return random_i4(s.num_rows, s.num_cols, s.block_cols, random);
   }
   return random_weight(s.type, s.num_rows, s.num_cols, random, s.block_rows > 0,
-                       s.block_rows > 0 ? s.block_rows : 128, s.block_cols > 0 ? s.block_cols : 128);
+                       s.block_rows > 0 ? s.block_rows : 128,
+                       s.block_cols > 0 ? s.block_cols : 128);
 }
 
 const shape kShapes[] = {
@@ -169,8 +176,9 @@ TEST_CASE("a product by heads is one product for each head") {
   struct heads {
     int count, in, out, in_stride, out_stride;
   };
-  for (const auto& h : {heads{4, 32, 64, 48, 64}, heads{6, 48, 24, 48, 24}, heads{3, 20, 12, 28, 12},
-                        heads{16, 128, 512, 192, 512}, heads{16, 512, 128, 512, 128}}) {
+  for (const auto& h :
+       {heads{4, 32, 64, 48, 64}, heads{6, 48, 24, 48, 24}, heads{3, 20, 12, 28, 12},
+        heads{16, 128, 512, 192, 512}, heads{16, 512, 128, 512, 128}}) {
     const auto w = random_weight(element_type::f32, h.count * h.out, h.in, random);
     auto rounded_weight = w;
     for (std::size_t i = 0; i < w.values.size(); ++i) {
@@ -190,8 +198,8 @@ TEST_CASE("a product by heads is one product for each head") {
     CHECK(distance(got, expected) < kRounding);
     for (const int count : {1, 7, 64}) {
       const gpu_rows some_out(count, h.count * h.out_stride);
-      gpu()->linear_per_head(input.first_rows(count), h.in_stride, placed, h.count,
-                             some_out.view(), h.out_stride);
+      gpu()->linear_per_head(input.first_rows(count), h.in_stride, placed, h.count, some_out.view(),
+                             h.out_stride);
       std::vector<int> first(count);
       std::iota(first.begin(), first.end(), 0);
       CHECK(same_bits(some_out.read(), select_rows(got, first)));

@@ -85,8 +85,8 @@ public:
     std::vector<float> result;
     for (std::size_t first = 0; first < tokens.size(); first += chunk) {
       const auto end = std::min(tokens.size(), first + chunk);
-      forward({{0, static_cast<std::int32_t>(first),
-                {tokens.begin() + first, tokens.begin() + end}}});
+      forward(
+        {{0, static_cast<std::int32_t>(first), {tokens.begin() + first, tokens.begin() + end}}});
       append_logits(0, static_cast<std::int32_t>(end - first), result);
     }
     return result;
@@ -116,8 +116,7 @@ void add_deviations(const test::golden& expected, const std::vector<float>& logi
   for (std::size_t i = 0; i < expected.tokens.size(); ++i)
     if (i < expected.top_logprobs.size())
       for (const auto& [token, value] : expected.top_logprobs[i])
-        out.push_back(
-          std::abs(logprob(row(expected.prompt.size() - 1 + i), vocab, token) - value));
+        out.push_back(std::abs(logprob(row(expected.prompt.size() - 1 + i), vocab, token) - value));
 }
 
 double quantile(std::vector<double>& values, double part) {
@@ -171,8 +170,7 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
   CHECK(gpu()->failure().empty());
 }
 
-TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden tokens",
-          "[model]") {
+TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden tokens", "[model]") {
   if (gpu() == nullptr)
     return;
   const auto directory = source_directory() + "/configs/models/troupe-mini";
