@@ -179,6 +179,21 @@ __global__ void pad(rows_of_bf16 x, std::int32_t num_groups, std::int32_t group_
   }
 }
 
+/// Four pieces on their way in each thread.
+__global__ void copy_pieces(const uint4* from, uint4* to, std::int64_t count) {
+  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
+  std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (; i + 3 * step < count; i += 4 * step) {
+    const uint4 values[4] = {from[i], from[i + step], from[i + 2 * step], from[i + 3 * step]};
+    for (int j = 0; j < 4; ++j) {
+      to[i + j * step] = values[j];
+    }
+  }
+  for (; i < count; i += step) {
+    to[i] = from[i];
+  }
+}
+
 dim3 grid_of(const rows_of_bf16& x) {
   return {static_cast<unsigned>(ceil_div(x.num_cols, kThreads)), static_cast<unsigned>(x.num_rows)};
 }
@@ -271,6 +286,12 @@ void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const s
 
 void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found) {
   find_not_finite<<<x.num_rows, kThreads, 0, stream>>>(x, found);
+}
+
+void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes) {
+  copy_pieces<<<4096, kThreads, 0, stream>>>(static_cast<const uint4*>(from),
+                                             static_cast<uint4*>(to),
+                                             static_cast<std::int64_t>(bytes / 16));
 }
 
 void launch_pad(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_groups,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include <cuda_bf16.h>
@@ -73,6 +74,8 @@ void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const s
                     const rows_of_bf16& out);
 /// Sets *found to 1 where a value is not finite.
 void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found);
+/// Copies whole pieces of 16 bytes: what the memory can do, for measuring.
+void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes);
 /// out = x with every group of group_cols columns padded with zeros to padded_cols, dense.
 void launch_pad(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_groups,
                 std::int32_t group_stride, std::int32_t group_cols, std::int32_t padded_cols,

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstdio>
 
+#include "troupe/kernels/cuda/kernels.hpp"
+
 namespace gpu_bench {
 
 namespace {
@@ -84,9 +86,8 @@ double copy_rate(gpu_ops& ops) {
     return 0.0;
   }
   const auto stream = static_cast<cudaStream_t>(ops.stream());
-  const double time = time_graph(ops, 4, [&](int) {
-    cudaMemcpyAsync(to.get(), from.get(), kBytes, cudaMemcpyDeviceToDevice, stream);
-  });
+  const double time = time_graph(
+    ops, 4, [&](int) { troupe::kernels::cuda::launch_copy(stream, from.get(), to.get(), kBytes); });
   return 2.0 * kBytes / time * 1e6;
 }
 

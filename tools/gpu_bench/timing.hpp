@@ -23,7 +23,8 @@ double time_graph(gpu_ops& ops, int repeats, const std::function<void(int)>& wor
 /// Microseconds of one call of `work`, which may wait for the GPU: the median of `rounds`.
 double time_calls(gpu_ops& ops, int rounds, const std::function<void()>& work);
 
-/// Bytes a second, read and written, of a copy of 2 GiB within the device.
+/// Bytes a second, read and written, of a copy of 2 GiB within the device by a kernel, which is
+/// faster than the driver's.
 double copy_rate(gpu_ops& ops);
 
 /// Operations a second of cuBLASLt: [m, k] bf16 rows by an [n, k] bf16 weight, random values. 0
