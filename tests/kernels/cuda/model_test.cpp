@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
 using namespace troupe;
 using namespace troupe::model;
@@ -160,8 +161,10 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
     // position far; dense models have no such positions.
     const double median = quantile(deviations, 0.5);
     const double most = quantile(deviations, 0.9);
-    WARN(name << ": deviation of log-probabilities, median " << median << ", 90 % " << most
-              << ", largest " << quantile(deviations, 1.0));
+    char line[80];
+    std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
+                  name.c_str(), median, most, quantile(deviations, 1.0));
+    WARN(line);
     // The models of odd shapes have steep logits: they are here for the bits.
     const bool is_odd = name.starts_with("shapes/");
     CHECK(median < (is_odd ? 2e-1 : 3e-2));
