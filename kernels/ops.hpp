@@ -184,6 +184,11 @@ public:
   /// out[m, n] = sum_k x[m, k] * w[n, k].
   virtual void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) = 0;
 
+  /// The same with `out` in float32 whatever activation_type is: the logits that `sample` takes.
+  virtual void logits(const rows_view& x, const weight_matrix& w, const rows_view& out) {
+    linear(x, w, out);
+  }
+
   /// Per head h: out[m, h, :] = w[h] * x[m, h, :]. Rows hold their heads at
   /// multiples of `x_head_stride` and `out_head_stride` elements; w, without scales,
   /// holds num_heads blocks of [num_rows / num_heads, num_cols], one behind the other.

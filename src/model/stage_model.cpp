@@ -321,7 +321,7 @@ expected<rows_view> stage_model::logits(std::span<const std::int32_t> rows) {
   norm_rows(hidden, rows, weights_.final_norm, normed);
   const auto logits = logits_.view(count);
   if (count > 0)
-    ops_.linear(normed, *weights_.head, logits);
+    ops_.logits(normed, *weights_.head, logits);
   return logits;
 }
 

@@ -1,0 +1,158 @@
+#include "troupe/kernels/cuda/device.cuh"
+#include "troupe/kernels/cuda/latent_attention.hpp"
+
+#include <cmath>
+
+namespace troupe::kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kKeysOfTile = 64;
+
+/// What one row and head attends with, whichever the kind of attention.
+struct query {
+  const bf16* first;  ///< against the first part of a place
+  const bf16* second; ///< against what lies behind it; null where there is nothing
+  std::int32_t first_width;
+  std::int32_t second_width;
+  std::int32_t key_offset; ///< of the first part, from the begin of a place
+  std::int32_t value_offset;
+  std::int32_t value_width;
+};
+
+/// Softmax attention of one block for one row and head, tile by tile of keys, in order. Any widths.
+__device__ void attend(const query& q, std::int32_t row, float scale, const device_batch& batch,
+                       const device_pages& pages, bf16* out) {
+  extern __shared__ float memory[];
+  const std::int32_t key_width = q.first_width + q.second_width;
+  float* query_values = memory;           // [key_width]
+  float* sums = query_values + key_width; // [value_width]
+  float* scores = sums + q.value_width;   // [kKeysOfTile]
+  __shared__ float block_memory[32];
+  __shared__ std::int64_t places[kKeysOfTile];
+
+  for (std::int32_t k = threadIdx.x; k < key_width; k += kThreads) {
+    query_values[k] =
+      __bfloat162float(k < q.first_width ? q.first[k] : q.second[k - q.first_width]);
+  }
+  for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
+    sums[k] = 0.0F;
+  }
+  const std::int32_t length = batch.positions[row] + 1;
+  float largest = -INFINITY;
+  float total = 0.0F;
+  for (std::int32_t first = 0; first < length; first += kKeysOfTile) {
+    const std::int32_t count = min(kKeysOfTile, length - first);
+    __syncthreads();
+    for (std::int32_t j = threadIdx.x; j < count; j += kThreads) {
+      places[j] = place_of(batch, pages, row, first + j);
+    }
+    __syncthreads();
+    for (std::int32_t j = threadIdx.x / 32; j < count; j += kWarps) {
+      const bf16* key = pages.data + places[j] + q.key_offset;
+      float dot = 0.0F;
+      for (std::int32_t k = threadIdx.x % 32; k < key_width; k += 32) {
+        dot = fmaf(query_values[k], __bfloat162float(key[k]), dot);
+      }
+      dot = warp_sum(dot);
+      if (threadIdx.x % 32 == 0) {
+        scores[j] = dot * scale;
+      }
+    }
+    __syncthreads();
+    float best = -INFINITY;
+    for (std::int32_t j = threadIdx.x; j < count; j += kThreads) {
+      best = fmaxf(best, scores[j]);
+    }
+    best = fmaxf(largest, block_max(best, block_memory));
+    const float shrink = largest == -INFINITY ? 0.0F : expf(largest - best);
+    float part = 0.0F;
+    for (std::int32_t j = threadIdx.x; j < count; j += kThreads) {
+      scores[j] = expf(scores[j] - best);
+      part += scores[j];
+    }
+    total = total * shrink + block_sum(part, block_memory);
+    largest = best;
+    for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
+      float sum = sums[k] * shrink;
+      for (std::int32_t j = 0; j < count; ++j) {
+        sum = fmaf(scores[j], __bfloat162float(pages.data[places[j] + q.value_offset + k]), sum);
+      }
+      sums[k] = sum;
+    }
+  }
+  for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
+    out[k] = __float2bfloat16_rn(sums[k] / total);
+  }
+}
+
+std::size_t memory_of(std::int32_t key_width, std::int32_t value_width) {
+  return static_cast<std::size_t>(key_width + value_width + kKeysOfTile) * sizeof(float);
+}
+
+__global__ void __launch_bounds__(kThreads)
+  latent_attention(rows_of_bf16 q_latent, rows_of_bf16 q_rope, std::int32_t q_rope_head_stride,
+                   float scale, device_batch batch, device_pages pages, rows_of_bf16 out) {
+  const auto row = static_cast<std::int32_t>(blockIdx.y);
+  const std::int64_t head = blockIdx.x;
+  query q;
+  q.first = q_latent.data + row * q_latent.stride + head * pages.first_width;
+  q.second = q_rope.data + row * q_rope.stride + head * q_rope_head_stride;
+  q.first_width = pages.first_width;
+  q.second_width = pages.second_width;
+  q.key_offset = 0;
+  q.value_offset = 0;
+  q.value_width = pages.first_width;
+  attend(q, row, scale, batch, pages, out.data + row * out.stride + head * pages.first_width);
+}
+
+__global__ void __launch_bounds__(kThreads)
+  grouped_attention(rows_of_bf16 q_rows, std::int32_t heads_of_group, std::int32_t head_dim,
+                    float scale, device_batch batch, device_pages pages, rows_of_bf16 out) {
+  const auto row = static_cast<std::int32_t>(blockIdx.y);
+  const std::int32_t head = blockIdx.x;
+  const std::int32_t group = head / heads_of_group;
+  query q;
+  q.first = q_rows.data + row * q_rows.stride + std::int64_t{head} * head_dim;
+  q.second = nullptr;
+  q.first_width = head_dim;
+  q.second_width = 0;
+  q.key_offset = group * head_dim;
+  q.value_offset = pages.first_width + group * head_dim;
+  q.value_width = head_dim;
+  attend(q, row, scale, batch, pages, out.data + row * out.stride + std::int64_t{head} * head_dim);
+}
+
+} // namespace
+
+void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
+                             const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
+                             std::int32_t num_heads, float scale, const device_batch& batch,
+                             const device_pages& pages, const rows_of_bf16& out) {
+  const auto addresses =
+    reinterpret_cast<std::uintptr_t>(q_latent.data) | reinterpret_cast<std::uintptr_t>(q_rope.data);
+  const auto strides = q_latent.stride | q_rope.stride | q_rope_head_stride;
+  if (pages.first_width == kWideLatent && pages.second_width == kWideRope && addresses % 16 == 0
+      && strides % 8 == 0) {
+    launch_wide_latent_attention(stream, q_latent, q_rope, q_rope_head_stride, num_heads, scale,
+                                 batch, pages, out);
+    return;
+  }
+  const dim3 grid(num_heads, q_latent.num_rows);
+  latent_attention<<<
+    grid, kThreads, memory_of(pages.first_width + pages.second_width, pages.first_width), stream>>>(
+    q_latent, q_rope, q_rope_head_stride, scale, batch, pages, out);
+}
+
+void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,
+                              std::int32_t num_kv_heads, float scale, const device_batch& batch,
+                              const device_pages& pages, const rows_of_bf16& out) {
+  const dim3 grid(num_heads, q.num_rows);
+  const std::int32_t head_dim = pages.first_width / num_kv_heads;
+  grouped_attention<<<grid, kThreads, memory_of(head_dim, head_dim), stream>>>(
+    q, num_heads / num_kv_heads, head_dim, scale, batch, pages, out);
+}
+
+} // namespace troupe::kernels::cuda

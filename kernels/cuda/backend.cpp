@@ -1,0 +1,352 @@
+#include "troupe/kernels/cuda/backend.hpp"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <limits>
+
+#include "troupe/kernels/cpu/philox.hpp"
+
+namespace troupe::kernels::cuda {
+
+namespace {
+
+/// Small buffers share slabs of this size; weights share larger ones.
+constexpr std::size_t kSlabBytes = std::size_t{16} << 20;
+constexpr std::size_t kWeightSlabBytes = std::size_t{256} << 20;
+
+rows_of_bf16 slice_rows(const rows_view& x, std::int32_t first, std::int32_t count) {
+  auto result = as_bf16(x);
+  result.data += first * result.stride;
+  result.num_rows = count;
+  return result;
+}
+
+} // namespace
+
+std::int32_t num_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
+                                       std::atomic<std::uint64_t>* progress) {
+  auto result = std::make_unique<cuda_ops>(device, progress);
+  if (!result->failure().empty()) {
+    error = result->failure();
+    return nullptr;
+  }
+  return result;
+}
+
+cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress)
+  : gpu_(device),
+    stream_(gpu_.stream()),
+    progress_(progress == nullptr ? &unwatched_ : progress),
+    pool_(gpu_, kSlabBytes),
+    weight_pool_(gpu_, kWeightSlabBytes),
+    ring_(gpu_),
+    download_(gpu_),
+    positions_(gpu_, pool_, ring_),
+    sequences_(gpu_, pool_, ring_),
+    tables_(gpu_, pool_, ring_),
+    offsets_(gpu_, pool_, ring_),
+    staging_(gpu_, pool_),
+    padded_(gpu_, pool_),
+    packed_rows_(gpu_, pool_),
+    router_logits_(gpu_, pool_),
+    results_(gpu_, pool_),
+    gates_(gpu_, pool_),
+    ups_(gpu_, pool_),
+    allowed_(gpu_, pool_) {
+  description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name() + ")";
+  flag_ = gpu_.ok() ? allocate(sizeof(std::int32_t)) : nullptr;
+}
+
+bool cuda_ops::begin(std::int32_t num_rows) {
+  tick();
+  gpu_.stream();
+  return gpu_.ok() && num_rows > 0;
+}
+
+void cuda_ops::launched(const char* what) {
+  gpu_.check(cudaGetLastError(), what);
+}
+
+void cuda_ops::synchronise() {
+  gpu_.synchronise();
+  tick();
+}
+
+device_memory cuda_ops::memory() const {
+  device_memory result;
+  cudaSetDevice(gpu_.device());
+  cudaMemGetInfo(&result.free_bytes, &result.total_bytes);
+  return result;
+}
+
+std::shared_ptr<void> cuda_ops::allocate(std::size_t bytes) {
+  if (!begin()) {
+    return nullptr;
+  }
+  auto memory = pool_.take(bytes);
+  if (memory != nullptr) {
+    gpu_.check(cudaMemsetAsync(memory.get(), 0, bytes, stream_), "clearing memory");
+  }
+  return memory;
+}
+
+void cuda_ops::copy_to_host(const rows_view& from, void* to) {
+  if (!begin(from.num_rows)) {
+    return;
+  }
+  const auto bytes = static_cast<std::size_t>(from.num_cols) * 2;
+  gpu_.check(cudaMemcpy2DAsync(to, bytes, from.data, static_cast<std::size_t>(from.stride) * 2,
+                               bytes, from.num_rows, cudaMemcpyDeviceToHost, stream_),
+             "copy to the host");
+  synchronise();
+}
+
+void cuda_ops::copy_from_host(const void* from, const rows_view& to) {
+  if (!begin(to.num_rows)) {
+    return;
+  }
+  const auto bytes = static_cast<std::size_t>(to.num_cols) * 2;
+  gpu_.check(cudaMemcpy2DAsync(to.data, static_cast<std::size_t>(to.stride) * 2, from, bytes, bytes,
+                               to.num_rows, cudaMemcpyHostToDevice, stream_),
+             "copy from the host");
+  synchronise(); // the caller may change its memory
+}
+
+device_batch cuda_ops::upload_batch(const batch_view& batch) {
+  return {positions_.find(batch.positions), sequences_.find(batch.sequences),
+          tables_.find(batch.block_tables), offsets_.find(batch.block_table_offsets)};
+}
+
+void cuda_ops::embed(const weight_matrix& table, std::span<const std::int32_t> ids,
+                     const rows_view& out) {
+  const auto num_ids = static_cast<std::int32_t>(ids.size());
+  if (!begin(num_ids)) {
+    return;
+  }
+  const auto* device_ids = ring_.put(ids);
+  if (gpu_.ok()) {
+    launch_embed(stream_, table, device_ids, num_ids, as_bf16(out));
+    launched("embed");
+  }
+}
+
+void cuda_ops::rms_norm(const rows_view& x, const float* weight, float epsilon,
+                        const rows_view& out) {
+  if (begin(x.num_rows)) {
+    launch_rms_norm(stream_, as_bf16(x), weight, epsilon, as_bf16(out));
+    launched("rms_norm");
+  }
+}
+
+void cuda_ops::rope(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+                    std::int32_t offset, std::int32_t rope_dim,
+                    std::span<const std::int32_t> positions, const float* inv_freq,
+                    float magnitude) {
+  if (begin(x.num_rows)) {
+    launch_rope(stream_, as_bf16(x), num_heads, head_stride, offset, rope_dim,
+                positions_.find(positions), inv_freq, magnitude, false);
+    launched("rope");
+  }
+}
+
+void cuda_ops::rope_halves(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+                           std::int32_t offset, std::int32_t rope_dim,
+                           std::span<const std::int32_t> positions, const float* inv_freq,
+                           float magnitude) {
+  if (begin(x.num_rows)) {
+    launch_rope(stream_, as_bf16(x), num_heads, head_stride, offset, rope_dim,
+                positions_.find(positions), inv_freq, magnitude, true);
+    launched("rope_halves");
+  }
+}
+
+void cuda_ops::append_kv(const rows_view& latent, const rows_view& rope_key,
+                         const batch_view& batch, const kv_layer_view& kv) {
+  if (begin(latent.num_rows)) {
+    launch_append(stream_, as_bf16(latent), as_bf16(rope_key), upload_batch(batch),
+                  {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim});
+    launched("append_kv");
+  }
+}
+
+void cuda_ops::append_grouped_kv(const rows_view& keys, const rows_view& values,
+                                 const batch_view& batch, const grouped_kv_view& kv) {
+  // One place of a page is laid out as two parts in either kind of attention.
+  const std::int32_t width = kv.num_kv_heads * kv.head_dim;
+  if (begin(keys.num_rows)) {
+    launch_append(stream_, as_bf16(keys), as_bf16(values), upload_batch(batch),
+                  {static_cast<bf16*>(kv.data), kv.page_tokens, width, width});
+    launched("append_grouped_kv");
+  }
+}
+
+void cuda_ops::latent_attention(const rows_view& q_latent, const rows_view& q_rope,
+                                std::int32_t q_rope_head_stride, std::int32_t num_heads,
+                                float scale, const batch_view& batch, const kv_layer_view& kv,
+                                const rows_view& out) {
+  if (begin(q_latent.num_rows)) {
+    launch_latent_attention(
+      stream_, as_bf16(q_latent), as_bf16(q_rope), q_rope_head_stride, num_heads, scale,
+      upload_batch(batch),
+      {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim}, as_bf16(out));
+    launched("latent_attention");
+  }
+}
+
+void cuda_ops::grouped_attention(const rows_view& q, std::int32_t num_heads, float scale,
+                                 const batch_view& batch, const grouped_kv_view& kv,
+                                 const rows_view& out) {
+  const std::int32_t width = kv.num_kv_heads * kv.head_dim;
+  if (begin(q.num_rows)) {
+    launch_grouped_attention(
+      stream_, as_bf16(q), num_heads, kv.num_kv_heads, scale, upload_batch(batch),
+      {static_cast<bf16*>(kv.data), kv.page_tokens, width, width}, as_bf16(out));
+    launched("grouped_attention");
+  }
+}
+
+void cuda_ops::swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) {
+  if (begin(gate.num_rows)) {
+    launch_swiglu(stream_, as_bf16(gate), as_bf16(up), as_bf16(out));
+    launched("swiglu");
+  }
+}
+
+void cuda_ops::add(const rows_view& x, const rows_view& delta) {
+  if (begin(x.num_rows)) {
+    launch_add(stream_, as_bf16(x), as_bf16(delta));
+    launched("add");
+  }
+}
+
+void cuda_ops::add_bias(const rows_view& x, const float* bias) {
+  if (begin(x.num_rows)) {
+    launch_add_bias(stream_, as_bf16(x), bias);
+    launched("add_bias");
+  }
+}
+
+void cuda_ops::route(const rows_view& x, const weight_matrix& w, const float* bias,
+                     const router_params& params, std::span<std::int32_t> experts,
+                     std::span<float> weights) {
+  if (!begin(x.num_rows)) {
+    return;
+  }
+  constexpr std::int32_t kMostRows = 4096;
+  for (std::int32_t first = 0; first < x.num_rows; first += kMostRows) {
+    const auto count = std::min(kMostRows, x.num_rows - first);
+    const auto num_choices = static_cast<std::size_t>(count) * params.top_k;
+    auto* logits = router_logits_.take<float>(static_cast<std::size_t>(count) * w.num_rows);
+    auto* chosen = results_.take<std::int32_t>(num_choices * 2);
+    auto* host = static_cast<std::int32_t*>(download_.take(num_choices * 2 * sizeof(std::int32_t)));
+    if (!gpu_.ok()) {
+      return;
+    }
+    auto* device_weights = reinterpret_cast<float*>(chosen + num_choices);
+    launch_router_logits(stream_, slice_rows(x, first, count), w, logits);
+    launch_choose_experts(stream_, logits, count, bias, params, chosen, device_weights);
+    launched("route");
+    gpu_.check(cudaMemcpyAsync(host, chosen, num_choices * 2 * sizeof(std::int32_t),
+                               cudaMemcpyDeviceToHost, stream_),
+               "copy of the routes");
+    synchronise();
+    const auto at = static_cast<std::size_t>(first) * params.top_k;
+    std::memcpy(experts.data() + at, host, num_choices * sizeof(std::int32_t));
+    std::memcpy(weights.data() + at, host + num_choices, num_choices * sizeof(float));
+  }
+}
+
+void cuda_ops::combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
+                       std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
+                       const rows_view& out) {
+  if (!begin(out.num_rows)) {
+    return;
+  }
+  const auto count = static_cast<std::size_t>(out.num_rows) * top_k;
+  const auto* rows = ring_.put(expert_rows.first(count));
+  const auto* factors = ring_.put(weights.first(count));
+  if (gpu_.ok()) {
+    launch_combine(stream_, as_bf16(expert_out), rows, factors, top_k, as_bf16(shared),
+                   as_bf16(out));
+    launched("combine");
+  }
+}
+
+void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> params,
+                      std::span<sampled_token> out) {
+  const auto num_rows = logits.num_rows;
+  std::fill_n(out.begin(), num_rows,
+              sampled_token{-1, -std::numeric_limits<float>::infinity(), 0, {}, {}});
+  if (!begin(num_rows)) {
+    return;
+  }
+  sampling_.clear();
+  banned_.clear();
+  for (std::int32_t m = 0; m < num_rows; ++m) {
+    const auto& from = params[m];
+    assert(from.target < logits.num_cols);
+    device_sampling to;
+    to.temperature = from.temperature;
+    to.top_k = from.top_k;
+    to.top_p = from.top_p;
+    to.min_p = from.min_p;
+    to.uniform = uniform(from.seed, from.position);
+    to.num_logprobs = from.num_logprobs;
+    to.target = from.target;
+    to.first_banned = static_cast<std::int32_t>(banned_.size());
+    to.num_banned = static_cast<std::int32_t>(from.banned.size());
+    banned_.insert(banned_.end(), from.banned.begin(), from.banned.end());
+    sampling_.push_back(to);
+  }
+  const auto bytes = static_cast<std::size_t>(num_rows) * sizeof(sampled_token);
+  const auto* device_params = ring_.put(std::span<const device_sampling>(sampling_));
+  const auto* banned =
+    banned_.empty() ? nullptr : ring_.put(std::span<const std::int32_t>(banned_));
+  auto* allowed = banned_.empty()
+                    ? nullptr
+                    : allowed_.take<float>(static_cast<std::size_t>(num_rows) * logits.num_cols);
+  auto* drawn = results_.take<sampled_token>(num_rows);
+  auto* host = download_.take(bytes);
+  if (!gpu_.ok()) {
+    return;
+  }
+  launch_sample(stream_, static_cast<const float*>(logits.data), logits.stride, num_rows,
+                logits.num_cols, device_params, banned, allowed, drawn);
+  launched("sample");
+  gpu_.check(cudaMemcpyAsync(host, drawn, bytes, cudaMemcpyDeviceToHost, stream_),
+             "copy of the tokens");
+  synchronise();
+  if (gpu_.ok()) {
+    std::memcpy(out.data(), host, bytes);
+  }
+}
+
+bool cuda_ops::all_finite(const rows_view& x) {
+  if (!begin(x.num_rows)) {
+    return gpu_.ok();
+  }
+  auto* host = static_cast<std::int32_t*>(download_.take(sizeof(std::int32_t)));
+  if (!gpu_.ok()) {
+    return false;
+  }
+  auto* found = static_cast<std::int32_t*>(flag_.get());
+  gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
+  launch_find_not_finite(stream_, as_bf16(x), found);
+  launched("all_finite");
+  gpu_.check(cudaMemcpyAsync(host, found, sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
+             "copy of a flag");
+  synchronise();
+  return gpu_.ok() && *host == 0;
+}
+
+} // namespace troupe::kernels::cuda

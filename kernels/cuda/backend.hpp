@@ -1,0 +1,143 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "troupe/kernels/cuda/context.hpp"
+#include "troupe/kernels/cuda/cuda_ops.hpp"
+#include "troupe/kernels/cuda/kernels.hpp"
+
+namespace troupe::kernels::cuda {
+
+/// What `place` leaves on the device of a weight. `weight_matrix::packed` points to it.
+struct placed_weight {
+  packed_matrix packed;
+  std::shared_ptr<void> data;
+  std::shared_ptr<void> scales;
+  std::shared_ptr<void> zeros;
+};
+
+/// See gpu_ops. Lives in the process that computes; weights and pages are in memory of its own.
+class cuda_ops final : public gpu_ops {
+public:
+  cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress);
+
+  const char* description() const override { return description_.c_str(); }
+  element_type activation_type() const override { return element_type::bf16; }
+  std::shared_ptr<void> allocate(std::size_t bytes) override;
+  weight_matrix place(const weight_matrix& weight, weight_use use) override;
+  void copy_to_host(const rows_view& from, void* to) override;
+  void copy_from_host(const void* from, const rows_view& to) override;
+  void embed(const weight_matrix& table, std::span<const std::int32_t> ids,
+             const rows_view& out) override;
+  void rms_norm(const rows_view& x, const float* weight, float epsilon,
+                const rows_view& out) override;
+  void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
+  void logits(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
+  void linear_per_head(const rows_view& x, std::int32_t x_head_stride, const weight_matrix& w,
+                       std::int32_t num_heads, const rows_view& out,
+                       std::int32_t out_head_stride) override;
+  void rope(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+            std::int32_t offset, std::int32_t rope_dim, std::span<const std::int32_t> positions,
+            const float* inv_freq, float magnitude) override;
+  void append_kv(const rows_view& latent, const rows_view& rope_key, const batch_view& batch,
+                 const kv_layer_view& kv) override;
+  void latent_attention(const rows_view& q_latent, const rows_view& q_rope,
+                        std::int32_t q_rope_head_stride, std::int32_t num_heads, float scale,
+                        const batch_view& batch, const kv_layer_view& kv,
+                        const rows_view& out) override;
+  void rope_halves(const rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
+                   std::int32_t offset, std::int32_t rope_dim,
+                   std::span<const std::int32_t> positions, const float* inv_freq,
+                   float magnitude) override;
+  void append_grouped_kv(const rows_view& keys, const rows_view& values, const batch_view& batch,
+                         const grouped_kv_view& kv) override;
+  void grouped_attention(const rows_view& q, std::int32_t num_heads, float scale,
+                         const batch_view& batch, const grouped_kv_view& kv,
+                         const rows_view& out) override;
+  void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
+  void add(const rows_view& x, const rows_view& delta) override;
+  void add_bias(const rows_view& x, const float* bias) override;
+  void route(const rows_view& x, const weight_matrix& w, const float* bias,
+             const router_params& params, std::span<std::int32_t> experts,
+             std::span<float> weights) override;
+  void experts(const rows_view& x, std::span<const expert_task> tasks,
+               std::span<const expert_weights> experts, const rows_view& out) override;
+  void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
+               std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
+               const rows_view& out) override;
+  void sample(const rows_view& logits, std::span<const sampling_params> params,
+              std::span<sampled_token> out) override;
+  bool all_finite(const rows_view& x) override;
+
+  void synchronise() override;
+  const std::string& failure() const override { return gpu_.failure(); }
+  device_memory memory() const override;
+  void* stream() const override { return stream_; }
+
+private:
+  struct readable_rows {
+    const bf16* data;
+    std::int64_t stride;
+    std::int64_t group_stride;
+  };
+
+  /// Counts, makes the device current and says whether there is anything to do.
+  bool begin(std::int32_t num_rows = 1);
+  void launched(const char* what);
+  void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
+
+  std::shared_ptr<void> upload_weight(const void* from, std::size_t bytes);
+  void choose_packing(const weight_matrix& weight, packed_matrix& to) const;
+  weight_matrix place_rows(const weight_matrix& weight, const weight_matrix& on_device);
+  const packed_matrix& packed(const weight_matrix& w) const;
+  device_batch upload_batch(const batch_view& batch);
+  /// Rows as product kernels read them: whole chunks, on borders of 16 bytes.
+  readable_rows make_readable(const rows_view& x, std::int32_t num_groups,
+                              std::int32_t group_stride, const packed_matrix& w);
+  bool pack_rows(const rows_of_bf16& x, std::span<const std::int32_t> slots, std::int32_t num_jobs,
+                 std::int64_t x_step, std::int32_t num_cols, linear_args& args);
+  void multiply(const linear_args& args);
+  void multiply_rows(const rows_view& x, std::int32_t x_step, const weight_matrix& w,
+                     std::int32_t num_jobs, const rows_view& out, std::int32_t out_step,
+                     bool float_out);
+  /// Neighbouring tasks of one expert.
+  struct expert_run {
+    std::int32_t expert = 0;
+    std::int32_t first_task = 0;
+    std::int32_t num_tasks = 0;
+    std::int32_t first_group = -1; ///< of packed rows; -1: not packed
+  };
+  struct queued_job {
+    linear_job job;
+    const packed_matrix* w;
+  };
+  void find_runs(std::span<const expert_task> tasks);
+  void queue_runs(std::span<const expert_weights> experts, weight_matrix expert_weights::*part,
+                  const readable_rows& x, const std::int32_t* task_rows, bf16* out,
+                  std::int64_t out_stride);
+  void multiply_runs(linear_args args);
+
+  context gpu_;
+  cudaStream_t stream_;
+  std::atomic<std::uint64_t> unwatched_{0};
+  std::atomic<std::uint64_t>* progress_;
+  std::string description_;
+  device_pool pool_;
+  device_pool weight_pool_;
+  upload_ring ring_;
+  download_buffer download_;
+  mirrored_array positions_, sequences_, tables_, offsets_;
+  scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
+  std::shared_ptr<void> flag_; ///< one number
+  std::vector<std::unique_ptr<placed_weight>> weights_;
+  std::vector<expert_run> runs_;
+  std::vector<queued_job> queue_;
+  std::vector<linear_job> jobs_;
+  std::vector<std::int32_t> task_rows_, slots_, task_slots_;
+  std::vector<device_sampling> sampling_;
+  std::vector<std::int32_t> banned_;
+};
+
+} // namespace troupe::kernels::cuda

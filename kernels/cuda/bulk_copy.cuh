@@ -1,0 +1,46 @@
+#pragma once
+
+// Bulk copies into shared memory and the barriers that say when they are there (PTX ISA,
+// "cp.async.bulk" and "mbarrier"): Hopper and later.
+
+#include "troupe/kernels/cuda/mma.cuh"
+
+namespace troupe::kernels::cuda {
+
+__device__ inline std::uint32_t shared_address(const void* at) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
+}
+
+__device__ inline void make_barrier(std::uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+}
+
+__device__ inline void arrive(std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ inline void arrive_expecting(std::uint64_t* barrier, std::uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+/// Until the phase of this parity is over.
+__device__ inline void wait_barrier(std::uint64_t* barrier, std::uint32_t parity) {
+  asm volatile("{\n.reg .pred done;\n"
+               "again:\n"
+               "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+               "@!done bra again;\n}\n" ::"r"(shared_address(barrier)),
+               "r"(parity)
+               : "memory");
+}
+
+__device__ inline void copy_bulk(void* to, const void* from, std::uint32_t bytes,
+                                 std::uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+               "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+} // namespace troupe::kernels::cuda

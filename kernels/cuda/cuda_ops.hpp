@@ -1,0 +1,52 @@
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "troupe/kernels/ops.hpp"
+
+/// What a GPU offers beyond `ops`. This header needs no CUDA toolkit, so code that is built
+/// without one can name the types; the functions exist where TROUPE_HAS_CUDA is defined.
+namespace troupe::kernels::cuda {
+
+/// Number of GPUs that this process can use; 0 where there is no driver.
+std::int32_t num_devices();
+
+struct device_memory {
+  std::size_t free_bytes = 0;
+  std::size_t total_bytes = 0;
+};
+
+/// Operations on one GPU: bfloat16 activations and pages, float32 accumulation. Work is queued on
+/// one stream of the object; what an operation writes to host memory is there when it returns,
+/// everything else is only queued. An object is used by one thread at a time.
+///
+/// Weights of 16, 8 and 4 bit stay as wide as they are stored and are expanded in registers;
+/// float32 and float16 weights of products are rounded to bfloat16 when they are placed.
+///
+/// When the GPU fails, the first failure is kept (`failure`), further operations do nothing,
+/// `all_finite` says no and `sample` gives token -1: the process has to be replaced.
+class gpu_ops : public ops {
+public:
+  /// Waits for everything that was queued.
+  virtual void synchronise() = 0;
+
+  /// What the GPU failed of; empty while it works.
+  virtual const std::string& failure() const = 0;
+
+  virtual device_memory memory() const = 0;
+
+  /// The CUDA stream (cudaStream_t) on which everything is queued.
+  virtual void* stream() const = 0;
+};
+
+/// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
+/// object, is counted up with every operation and every wait that ended.
+std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
+                                       std::atomic<std::uint64_t>* progress = nullptr);
+
+} // namespace troupe::kernels::cuda

@@ -1,0 +1,69 @@
+#pragma once
+
+// What the kernels share, for device code.
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "troupe/kernels/cuda/kernels.hpp"
+
+namespace troupe::kernels::cuda {
+
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
+
+__device__ inline float warp_sum(float value) {
+  for (int step = 16; step > 0; step /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, step);
+  }
+  return value;
+}
+
+__device__ inline float warp_max(float value) {
+  for (int step = 16; step > 0; step /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+  }
+  return value;
+}
+
+/// The sum over a block of whole warps, in the same order whatever else runs. `memory` holds 32.
+__device__ inline float block_sum(float value, float* memory) {
+  value = warp_sum(value);
+  __syncthreads(); // memory may still be read from the last call
+  if (threadIdx.x % 32 == 0) {
+    memory[threadIdx.x / 32] = value;
+  }
+  __syncthreads();
+  float sum = 0.0F;
+  for (unsigned i = 0; i < blockDim.x / 32; ++i) {
+    sum += memory[i];
+  }
+  return sum;
+}
+
+__device__ inline float block_max(float value, float* memory) {
+  value = warp_max(value);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    memory[threadIdx.x / 32] = value;
+  }
+  __syncthreads();
+  float best = memory[0];
+  for (unsigned i = 1; i < blockDim.x / 32; ++i) {
+    best = fmaxf(best, memory[i]);
+  }
+  return best;
+}
+
+/// Where a position of a row's sequence lies in the pages.
+__device__ inline std::int64_t place_of(const device_batch& batch, const device_pages& pages,
+                                        std::int32_t row, std::int32_t position) {
+  const std::int32_t* table = batch.tables + batch.offsets[batch.sequences[row]];
+  const std::int64_t page = table[position / pages.page_tokens];
+  return (page * pages.page_tokens + position % pages.page_tokens)
+         * (pages.first_width + pages.second_width);
+}
+
+} // namespace troupe::kernels::cuda

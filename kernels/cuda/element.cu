@@ -1,0 +1,304 @@
+#include "troupe/kernels/cuda/device.cuh"
+
+#include <algorithm>
+
+namespace troupe::kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ float load(const bf16* at) {
+  return __bfloat162float(*at);
+}
+
+__device__ void store(bf16* at, float value) {
+  *at = __float2bfloat16_rn(value);
+}
+
+__global__ void embed(const void* table, bool is_float, std::int64_t num_cols,
+                      const std::int32_t* ids, rows_of_bf16 out) {
+  const auto row = std::int64_t{ids[blockIdx.x]};
+  bf16* to = out.data + blockIdx.x * out.stride;
+  for (auto k = static_cast<std::int64_t>(threadIdx.x); k < num_cols; k += blockDim.x) {
+    if (is_float) {
+      store(to + k, static_cast<const float*>(table)[row * num_cols + k]);
+    } else {
+      to[k] = static_cast<const bf16*>(table)[row * num_cols + k];
+    }
+  }
+}
+
+/// One block a row; a thread keeps what it read, so that out may be x.
+__global__ void rms_norm(rows_of_bf16 x, const float* weight, float epsilon, rows_of_bf16 out) {
+  __shared__ float memory[32];
+  const bf16* from = x.data + blockIdx.x * x.stride;
+  bf16* to = out.data + blockIdx.x * out.stride;
+  float squares = 0.0F;
+  for (std::int32_t k = threadIdx.x; k < x.num_cols; k += kThreads) {
+    const float value = load(from + k);
+    squares = fmaf(value, value, squares);
+  }
+  const float mean = block_sum(squares, memory) / static_cast<float>(x.num_cols);
+  const float inverse = 1.0F / sqrtf(mean + epsilon);
+  for (std::int32_t k = threadIdx.x; k < x.num_cols; k += kThreads) {
+    store(to + k, load(from + k) * inverse * weight[k]);
+  }
+}
+
+/// The same for rows of whole pieces of 16 bytes, at most one for each thread.
+__global__ void __launch_bounds__(1024)
+  rms_norm_pieces(rows_of_bf16 x, const float* weight, float epsilon, rows_of_bf16 out) {
+  __shared__ float memory[32];
+  const auto at = static_cast<std::int32_t>(threadIdx.x);
+  const bool mine = at < x.num_cols / 8;
+  union {
+    uint4 words = {0, 0, 0, 0};
+    std::uint32_t pairs[4];
+  } in;
+  if (mine) {
+    in.words = reinterpret_cast<const uint4*>(x.data + blockIdx.x * x.stride)[at];
+  }
+  float values[8];
+  float squares = 0.0F;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    values[2 * j] = __uint_as_float(in.pairs[j] << 16);
+    values[2 * j + 1] = __uint_as_float(in.pairs[j] & 0xFFFF0000U);
+    squares = fmaf(values[2 * j], values[2 * j], squares);
+    squares = fmaf(values[2 * j + 1], values[2 * j + 1], squares);
+  }
+  const float mean = block_sum(squares, memory) / static_cast<float>(x.num_cols);
+  const float inverse = 1.0F / sqrtf(mean + epsilon);
+  if (mine) {
+    const auto* weights = reinterpret_cast<const float4*>(weight) + 2 * at;
+    const float4 low = weights[0];
+    const float4 high = weights[1];
+    const float factors[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const auto pair = __floats2bfloat162_rn(values[2 * j] * inverse * factors[2 * j],
+                                              values[2 * j + 1] * inverse * factors[2 * j + 1]);
+      memcpy(&in.pairs[j], &pair, 4);
+    }
+    reinterpret_cast<uint4*>(out.data + blockIdx.x * out.stride)[at] = in.words;
+  }
+}
+
+__global__ void rope(rows_of_bf16 x, std::int32_t num_heads, std::int32_t head_stride,
+                     std::int32_t offset, std::int32_t num_pairs, const std::int32_t* positions,
+                     const float* inv_freq, float magnitude, bool halves) {
+  bf16* row = x.data + blockIdx.x * x.stride + offset;
+  const auto position = static_cast<float>(positions[blockIdx.x]);
+  for (std::int32_t i = threadIdx.x; i < num_heads * num_pairs; i += blockDim.x) {
+    const std::int32_t pair = i % num_pairs;
+    bf16* head = row + std::int64_t{i / num_pairs} * head_stride;
+    bf16* first = head + (halves ? pair : 2 * pair);
+    bf16* second = head + (halves ? pair + num_pairs : 2 * pair + 1);
+    float sine;
+    float cosine;
+    sincosf(position * inv_freq[pair], &sine, &cosine);
+    sine *= magnitude;
+    cosine *= magnitude;
+    const float a = load(first);
+    const float b = load(second);
+    store(first, a * cosine - b * sine);
+    store(second, a * sine + b * cosine);
+  }
+}
+
+__global__ void append(rows_of_bf16 first, rows_of_bf16 second, device_batch batch,
+                       device_pages pages) {
+  const auto row = static_cast<std::int32_t>(blockIdx.x);
+  bf16* to = pages.data + place_of(batch, pages, row, batch.positions[row]);
+  for (std::int32_t k = threadIdx.x; k < pages.first_width; k += blockDim.x) {
+    to[k] = first.data[row * first.stride + k];
+  }
+  for (std::int32_t k = threadIdx.x; k < pages.second_width; k += blockDim.x) {
+    to[pages.first_width + k] = second.data[row * second.stride + k];
+  }
+}
+
+__global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
+  const std::int64_t row = blockIdx.y;
+  const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
+  if (k < gate.num_cols) {
+    const float g = load(gate.data + row * gate.stride + k);
+    const float u = load(up.data + row * up.stride + k);
+    store(out.data + row * out.stride + k, g / (1.0F + expf(-g)) * u);
+  }
+}
+
+__global__ void add(rows_of_bf16 x, const bf16* delta, std::int64_t delta_stride,
+                    const float* bias) {
+  const std::int64_t row = blockIdx.y;
+  const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
+  if (k < x.num_cols) {
+    bf16* at = x.data + row * x.stride + k;
+    store(at, load(at) + (bias != nullptr ? bias[k] : load(delta + row * delta_stride + k)));
+  }
+}
+
+__global__ void combine(rows_of_bf16 expert_out, const std::int32_t* rows, const float* weights,
+                        std::int32_t top_k, rows_of_bf16 shared, rows_of_bf16 out) {
+  const std::int64_t row = blockIdx.y;
+  const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
+  if (k >= out.num_cols) {
+    return;
+  }
+  float sum = 0.0F;
+  for (std::int32_t j = 0; j < top_k; ++j) {
+    const std::int64_t from = rows[row * top_k + j];
+    sum = fmaf(weights[row * top_k + j], load(expert_out.data + from * expert_out.stride + k), sum);
+  }
+  if (shared.data != nullptr) {
+    sum += load(shared.data + row * shared.stride + k);
+  }
+  bf16* at = out.data + row * out.stride + k;
+  store(at, load(at) + sum);
+}
+
+__global__ void find_not_finite(rows_of_bf16 x, std::int32_t* found) {
+  const auto* row = reinterpret_cast<const std::uint16_t*>(x.data + blockIdx.x * x.stride);
+  for (std::int32_t k = threadIdx.x; k < x.num_cols; k += blockDim.x) {
+    if ((row[k] & 0x7F80) == 0x7F80) {
+      *found = 1;
+    }
+  }
+}
+
+__global__ void pad(rows_of_bf16 x, std::int32_t num_groups, std::int32_t group_stride,
+                    std::int32_t group_cols, std::int32_t padded_cols, bf16* out) {
+  const std::int64_t row = blockIdx.x;
+  const std::int64_t width = std::int64_t{num_groups} * padded_cols;
+  for (std::int64_t i = threadIdx.x; i < width; i += blockDim.x) {
+    const auto col = static_cast<std::int32_t>(i % padded_cols);
+    const std::int64_t from = i / padded_cols * group_stride + col;
+    out[row * width + i] =
+      col < group_cols ? x.data[row * x.stride + from] : __float2bfloat16_rn(0.0F);
+  }
+}
+
+/// Four pieces on their way in each thread.
+__global__ void copy_pieces(const uint4* from, uint4* to, std::int64_t count) {
+  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
+  std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (; i + 3 * step < count; i += 4 * step) {
+    const uint4 values[4] = {from[i], from[i + step], from[i + 2 * step], from[i + 3 * step]};
+    for (int j = 0; j < 4; ++j) {
+      to[i + j * step] = values[j];
+    }
+  }
+  for (; i < count; i += step) {
+    to[i] = from[i];
+  }
+}
+
+dim3 grid_of(const rows_of_bf16& x) {
+  return {static_cast<unsigned>(ceil_div(x.num_cols, kThreads)), static_cast<unsigned>(x.num_rows)};
+}
+
+/// Rows along y, of which a grid has at most 65,535.
+template <class Work>
+void for_row_ranges(const rows_of_bf16& x, const Work& work) {
+  constexpr std::int32_t kMost = 65535;
+  for (std::int32_t first = 0; first < x.num_rows; first += kMost) {
+    work(first, std::min(kMost, x.num_rows - first));
+  }
+}
+
+rows_of_bf16 slice(rows_of_bf16 x, std::int32_t first, std::int32_t count) {
+  x.data = x.data == nullptr ? nullptr : x.data + first * x.stride;
+  x.num_rows = count;
+  return x;
+}
+
+} // namespace
+
+void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::int32_t* ids,
+                  std::int32_t num_ids, const rows_of_bf16& out) {
+  embed<<<num_ids, kThreads, 0, stream>>>(table.data, table.type == element_type::f32,
+                                          table.num_cols, ids, out);
+}
+
+void launch_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const float* weight, float epsilon,
+                     const rows_of_bf16& out) {
+  // Rows of a model are all aligned or none of them is, so a row always meets the same kernel.
+  const auto addresses = reinterpret_cast<std::uintptr_t>(x.data)
+                         | reinterpret_cast<std::uintptr_t>(out.data)
+                         | reinterpret_cast<std::uintptr_t>(weight);
+  const bool whole = addresses % 16 == 0 && (x.stride | out.stride | x.num_cols) % 8 == 0;
+  if (whole && x.num_cols <= 8 * 1024) {
+    const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
+    rms_norm_pieces<<<x.num_rows, threads, 0, stream>>>(x, weight, epsilon, out);
+  } else {
+    rms_norm<<<x.num_rows, kThreads, 0, stream>>>(x, weight, epsilon, out);
+  }
+}
+
+void launch_rope(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_heads,
+                 std::int32_t head_stride, std::int32_t offset, std::int32_t rope_dim,
+                 const std::int32_t* positions, const float* inv_freq, float magnitude,
+                 bool halves) {
+  rope<<<x.num_rows, kThreads, 0, stream>>>(x, num_heads, head_stride, offset, rope_dim / 2,
+                                            positions, inv_freq, magnitude, halves);
+}
+
+void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of_bf16& second,
+                   const device_batch& batch, const device_pages& pages) {
+  append<<<first.num_rows, kThreads, 0, stream>>>(first, second, batch, pages);
+}
+
+void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
+                   const rows_of_bf16& out) {
+  for_row_ranges(gate, [&](std::int32_t first, std::int32_t count) {
+    const auto part = slice(gate, first, count);
+    swiglu<<<grid_of(part), kThreads, 0, stream>>>(part, slice(up, first, count),
+                                                   slice(out, first, count));
+  });
+}
+
+void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta) {
+  for_row_ranges(x, [&](std::int32_t first, std::int32_t count) {
+    const auto part = slice(x, first, count);
+    add<<<grid_of(part), kThreads, 0, stream>>>(part, slice(delta, first, count).data, delta.stride,
+                                                nullptr);
+  });
+}
+
+void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias) {
+  for_row_ranges(x, [&](std::int32_t first, std::int32_t count) {
+    const auto part = slice(x, first, count);
+    add<<<grid_of(part), kThreads, 0, stream>>>(part, nullptr, 0, bias);
+  });
+}
+
+void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
+                    const float* weights, std::int32_t top_k, const rows_of_bf16& shared,
+                    const rows_of_bf16& out) {
+  for_row_ranges(out, [&](std::int32_t first, std::int32_t count) {
+    const auto part = slice(out, first, count);
+    const auto at = std::int64_t{first} * top_k;
+    combine<<<grid_of(part), kThreads, 0, stream>>>(expert_out, rows + at, weights + at, top_k,
+                                                    slice(shared, first, count), part);
+  });
+}
+
+void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found) {
+  find_not_finite<<<x.num_rows, kThreads, 0, stream>>>(x, found);
+}
+
+void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes) {
+  copy_pieces<<<4096, kThreads, 0, stream>>>(static_cast<const uint4*>(from),
+                                             static_cast<uint4*>(to),
+                                             static_cast<std::int64_t>(bytes / 16));
+}
+
+void launch_pad(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_groups,
+                std::int32_t group_stride, std::int32_t group_cols, std::int32_t padded_cols,
+                bf16* out) {
+  pad<<<x.num_rows, kThreads, 0, stream>>>(x, num_groups, group_stride, group_cols, padded_cols,
+                                           out);
+}
+
+} // namespace troupe::kernels::cuda

@@ -1,0 +1,174 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include "troupe/kernels/cuda/packed_matrix.hpp"
+#include "troupe/kernels/ops.hpp"
+
+/// The kernels of the GPU, queued on a stream. All pointers are to device memory.
+namespace troupe::kernels::cuda {
+
+using bf16 = __nv_bfloat16;
+
+/// Rows of bf16.
+struct rows_of_bf16 {
+  bf16* data = nullptr;
+  std::int32_t num_rows = 0;
+  std::int32_t num_cols = 0;
+  std::int64_t stride = 0;
+};
+
+inline rows_of_bf16 as_bf16(const rows_view& x) {
+  return {static_cast<bf16*>(x.data), x.num_rows, x.num_cols, x.stride};
+}
+
+/// Where the rows of a micro-batch stand, in device memory (see batch_view).
+struct device_batch {
+  const std::int32_t* positions = nullptr;
+  const std::int32_t* sequences = nullptr;
+  const std::int32_t* tables = nullptr;
+  const std::int32_t* offsets = nullptr;
+};
+
+/// Pages whose places hold two parts: latent and key, or keys and values.
+struct device_pages {
+  bf16* data = nullptr;
+  std::int32_t page_tokens = 0;
+  std::int32_t first_width = 0;
+  std::int32_t second_width = 0;
+};
+
+// Weights (pack.cu).
+
+/// Writes `to.data` from a weight in device memory. `found` is set to 1 where an f8 weight holds a
+/// NaN, which the product kernels do not know.
+void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_matrix& to,
+                 std::int32_t* found);
+
+/// out[r, c] = the value of a weight in device memory, bf16, dense.
+void launch_expand(cudaStream_t stream, const weight_matrix& from, bf16* out);
+
+// Element by element (element.cu).
+
+void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::int32_t* ids,
+                  std::int32_t num_ids, const rows_of_bf16& out);
+void launch_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const float* weight, float epsilon,
+                     const rows_of_bf16& out);
+/// Pairs are neighbours, or half of rope_dim apart.
+void launch_rope(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_heads,
+                 std::int32_t head_stride, std::int32_t offset, std::int32_t rope_dim,
+                 const std::int32_t* positions, const float* inv_freq, float magnitude,
+                 bool halves);
+void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of_bf16& second,
+                   const device_batch& batch, const device_pages& pages);
+void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
+                   const rows_of_bf16& out);
+void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta);
+void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias);
+void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
+                    const float* weights, std::int32_t top_k, const rows_of_bf16& shared,
+                    const rows_of_bf16& out);
+/// Sets *found to 1 where a value is not finite.
+void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found);
+/// Copies whole pieces of 16 bytes: what the memory can do, for measuring.
+void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes);
+/// out = x with every group of group_cols columns padded with zeros to padded_cols, dense.
+void launch_pad(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_groups,
+                std::int32_t group_stride, std::int32_t group_cols, std::int32_t padded_cols,
+                bf16* out);
+
+// Products (linear.cuh, linear_*.cu).
+
+/// One product of a launch; all of a launch have the same shape and type of weight.
+struct linear_job {
+  const void* data = nullptr;
+  const float* scales = nullptr;
+  const std::uint8_t* zeros = nullptr;
+  const bf16* x = nullptr;
+  const std::int32_t* rows = nullptr; ///< which rows of x; null: the first ones
+  void* out = nullptr;
+  std::int32_t num_rows = 0;    ///< of x
+  std::int32_t first_group = 0; ///< of packed rows
+};
+
+struct linear_args {
+  packed_matrix w; ///< shape; data, scales and zeros come from the job
+  linear_job job;
+  const linear_job* jobs = nullptr; ///< several; null: `job` alone, moved by the steps below
+  std::int32_t num_jobs = 1;
+  std::int32_t max_rows = 0; ///< of any job
+  std::int32_t job_cols = 0; ///< columns of the result, which are rows of the weight
+  std::int32_t row_step = 0; ///< rows of the weight, elements of x and out from job to job
+  std::int64_t x_step = 0;
+  std::int64_t out_step = 0;
+  std::int64_t x_stride = 0; ///< readable up to whole blocks, rows begin at multiples of 16 bytes
+  std::int64_t out_stride = 0;
+  bool float_out = false;
+  const void* packed_x = nullptr; ///< rows as launch_pack_rows leaves them; null: not packed
+  std::int64_t packed_groups = 0; ///< groups of eight rows
+  std::int64_t packed_step = 0;   ///< bytes from job to job
+};
+
+/// Groups of packed rows that a kernel may read beyond the last.
+inline constexpr std::int32_t kSpareGroups = 16;
+
+/// Packs rows for the matrix unit of Hopper: num_jobs times (x moved on by x_step each time)
+/// [64 columns][group][8 rows][128 bytes], the columns of a row in the order of packed_matrix and
+/// its pieces of 16 bytes exchanged by row. slots[i] is the row of x that comes to place i, -1
+/// none; null: the first ones.
+void launch_pack_rows(cudaStream_t stream, const rows_of_bf16& x, const std::int32_t* slots,
+                      std::int32_t num_groups, std::int32_t num_jobs, std::int64_t x_step,
+                      std::int32_t num_cols, void* out);
+
+/// One for each type of weight, compiled apart.
+void launch_linear_bf16(cudaStream_t stream, const linear_args& args,
+                        std::int32_t num_multiprocessors);
+void launch_linear_f8(cudaStream_t stream, const linear_args& args,
+                      std::int32_t num_multiprocessors);
+void launch_linear_i8(cudaStream_t stream, const linear_args& args,
+                      std::int32_t num_multiprocessors);
+void launch_linear_i4(cudaStream_t stream, const linear_args& args,
+                      std::int32_t num_multiprocessors);
+
+// Attention (attention.cu).
+
+void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
+                             const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
+                             std::int32_t num_heads, float scale, const device_batch& batch,
+                             const device_pages& pages, const rows_of_bf16& out);
+void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,
+                              std::int32_t num_kv_heads, float scale, const device_batch& batch,
+                              const device_pages& pages, const rows_of_bf16& out);
+
+// Routing and sampling (router.cu, sampler.cu).
+
+/// logits[m, e] = x[m] . w[e], one warp each.
+void launch_router_logits(cudaStream_t stream, const rows_of_bf16& x, const weight_matrix& w,
+                          float* logits);
+void launch_choose_experts(cudaStream_t stream, const float* logits, std::int32_t num_rows,
+                           const float* bias, const router_params& params, std::int32_t* experts,
+                           float* weights);
+
+/// sampling_params as the device takes them.
+struct device_sampling {
+  float temperature = 0.0F;
+  std::int32_t top_k = 0;
+  float top_p = 1.0F;
+  float min_p = 0.0F;
+  double uniform = 0.0; ///< the random number of this token
+  std::int32_t num_logprobs = 0;
+  std::int32_t target = -1;
+  std::int32_t first_banned = 0;
+  std::int32_t num_banned = 0;
+};
+
+/// `allowed` is scratch, [num_rows, num_tokens].
+void launch_sample(cudaStream_t stream, const float* logits, std::int64_t stride,
+                   std::int32_t num_rows, std::int32_t num_tokens, const device_sampling* params,
+                   const std::int32_t* banned, float* allowed, sampled_token* out);
+
+} // namespace troupe::kernels::cuda

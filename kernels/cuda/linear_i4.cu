@@ -1,0 +1,10 @@
+#include "troupe/kernels/cuda/linear.cuh"
+
+namespace troupe::kernels::cuda {
+
+void launch_linear_i4(cudaStream_t stream, const linear_args& args,
+                      std::int32_t num_multiprocessors) {
+  launch_typed<packed_type::i4>(stream, args, num_multiprocessors);
+}
+
+} // namespace troupe::kernels::cuda

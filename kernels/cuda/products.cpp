@@ -1,0 +1,384 @@
+#include "troupe/kernels/cuda/backend.hpp"
+
+#include <algorithm>
+#include <cassert>
+
+/// Weights and products of cuda_ops.
+namespace troupe::kernels::cuda {
+
+namespace {
+
+/// From so many rows on, packing them for the matrix unit of Hopper pays.
+constexpr std::int32_t kWideFrom = 33;
+
+std::size_t num_scales(const weight_matrix& w) {
+  return static_cast<std::size_t>(ceil_div(w.num_rows, w.block_rows))
+         * ceil_div(w.num_cols, w.block_cols);
+}
+
+packed_type product_type(element_type type) {
+  switch (type) {
+  case element_type::f8_e4m3: return packed_type::f8;
+  case element_type::i8: return packed_type::i8;
+  case element_type::i4: return packed_type::i4;
+  default: return packed_type::bf16;
+  }
+}
+
+} // namespace
+
+std::shared_ptr<void> cuda_ops::upload_weight(const void* from, std::size_t bytes) {
+  auto memory = weight_pool_.take(bytes);
+  if (memory == nullptr) {
+    gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
+    return nullptr;
+  }
+  gpu_.check(cudaMemcpyAsync(memory.get(), from, bytes, cudaMemcpyHostToDevice, stream_),
+             "upload of a weight");
+  return memory;
+}
+
+/// Decides how a weight is stored. Scales must not change inside a block of columns that the
+/// matrix unit sums; other weights are expanded.
+void cuda_ops::choose_packing(const weight_matrix& weight, packed_matrix& to) const {
+  to.num_rows = weight.num_rows;
+  to.num_cols = weight.num_cols;
+  to.type = product_type(weight.type);
+  const bool one_scale = weight.block_cols >= weight.num_cols;
+  if (to.type != packed_type::bf16) {
+    const bool scaled = weight.scales != nullptr || weight.zeros != nullptr;
+    if (scaled && !one_scale && weight.block_cols % kBlockCols != 0) {
+      to.type = packed_type::bf16;
+    } else if (scaled) {
+      to.block_rows = weight.block_rows;
+      to.num_scale_cols = ceil_div(weight.num_cols, weight.block_cols);
+      to.blocks_per_scale = one_scale ? std::max(ceil_div(weight.num_cols, kBlockCols), 1)
+                                      : weight.block_cols / kBlockCols;
+    }
+  }
+  to.num_chunks = num_chunks(to.type, weight.num_cols);
+}
+
+weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_matrix& on_device) {
+  auto placed = std::make_unique<placed_weight>();
+  const auto count = static_cast<std::size_t>(weight.num_rows) * weight.num_cols;
+  const bool keeps_type = weight.type == element_type::f32 && weight.scales == nullptr;
+  weight_matrix result = weight;
+  result.type = keeps_type ? element_type::f32 : element_type::bf16;
+  result.scales = nullptr;
+  result.zeros = nullptr;
+  placed->data = weight_pool_.take(count * size_of(result.type));
+  if (placed->data == nullptr) {
+    gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
+    return result;
+  }
+  if (keeps_type) {
+    gpu_.check(cudaMemcpyAsync(placed->data.get(), on_device.data, count * sizeof(float),
+                               cudaMemcpyDeviceToDevice, stream_),
+               "copy of a weight");
+  } else {
+    launch_expand(stream_, on_device, static_cast<bf16*>(placed->data.get()));
+    launched("expansion of a weight");
+  }
+  result.data = placed->data.get();
+  weights_.push_back(std::move(placed));
+  return result;
+}
+
+weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
+  weight_matrix result = weight;
+  result.packed = nullptr;
+  if (!begin(weight.num_rows)) {
+    return result;
+  }
+  const auto bytes =
+    static_cast<std::size_t>(weight.num_rows) * row_bytes(weight.type, weight.num_cols);
+  auto* raw = staging_.take<std::byte>(bytes);
+  if (!gpu_.ok()) {
+    return result;
+  }
+  gpu_.check(cudaMemcpyAsync(raw, weight.data, bytes, cudaMemcpyHostToDevice, stream_),
+             "upload of a weight");
+  auto placed = std::make_unique<placed_weight>();
+  weight_matrix on_device = weight;
+  on_device.data = raw;
+  if (weight.scales != nullptr) {
+    placed->scales = upload_weight(weight.scales, num_scales(weight) * sizeof(float));
+    on_device.scales = static_cast<const float*>(placed->scales.get());
+  }
+  if (weight.zeros != nullptr) {
+    placed->zeros = upload_weight(weight.zeros, num_scales(weight));
+    on_device.zeros = static_cast<const std::uint8_t*>(placed->zeros.get());
+  }
+  if (use == weight_use::stored) {
+    result = place_rows(weight, on_device);
+    synchronise(); // scales go away with `placed`
+    return result;
+  }
+  auto& packed = placed->packed;
+  choose_packing(weight, packed);
+  auto* found = static_cast<std::int32_t*>(flag_.get());
+  std::int32_t has_nan = 0;
+  for (;;) {
+    placed->data = weight_pool_.take(packed_bytes(packed.num_rows, packed.num_chunks));
+    if (placed->data == nullptr) {
+      gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
+      return result;
+    }
+    packed.data = placed->data.get();
+    gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
+    launch_pack(stream_, on_device, packed, found);
+    launched("packing of a weight");
+    gpu_.check(cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
+               "copy of a flag");
+    synchronise();
+    if (has_nan == 0 || packed.type == packed_type::bf16) {
+      break;
+    }
+    // Only bf16 can say that it is not a number.
+    packed = {};
+    packed.num_rows = weight.num_rows;
+    packed.num_cols = weight.num_cols;
+    packed.num_chunks = num_chunks(packed.type, weight.num_cols);
+  }
+  if (packed.type == packed_type::bf16) {
+    placed->scales = nullptr;
+    placed->zeros = nullptr;
+  } else {
+    packed.scales = on_device.scales;
+    packed.zeros = on_device.zeros;
+  }
+  result.data = packed.data;
+  result.scales = packed.scales;
+  result.zeros = packed.zeros;
+  result.packed = &packed;
+  weights_.push_back(std::move(placed));
+  return result;
+}
+
+const packed_matrix& cuda_ops::packed(const weight_matrix& w) const {
+  assert(w.packed != nullptr); // not placed for products
+  return *static_cast<const packed_matrix*>(w.packed);
+}
+
+cuda_ops::readable_rows cuda_ops::make_readable(const rows_view& x, std::int32_t num_groups,
+                                                std::int32_t group_stride, const packed_matrix& w) {
+  const auto width = ceil_div(w.num_cols, kBlockCols) * kBlockCols;
+  const auto address = reinterpret_cast<std::uintptr_t>(x.data);
+  if (width == w.num_cols && address % 16 == 0 && x.stride % 8 == 0 && group_stride % 8 == 0) {
+    return {static_cast<const bf16*>(x.data), x.stride, group_stride};
+  }
+  const auto row_width = static_cast<std::int64_t>(num_groups) * width;
+  auto* copy = padded_.take<bf16>(static_cast<std::size_t>(x.num_rows) * row_width);
+  if (gpu_.ok()) {
+    launch_pad(stream_, as_bf16(x), num_groups, group_stride, w.num_cols, width, copy);
+    launched("padding of rows");
+  }
+  return {copy, row_width, width};
+}
+
+/// Packs rows for the matrix unit where that pays, and says so in `args`.
+bool cuda_ops::pack_rows(const rows_of_bf16& x, std::span<const std::int32_t> slots,
+                         std::int32_t num_jobs, std::int64_t x_step, std::int32_t num_cols,
+                         linear_args& args) {
+  const auto num_slots = slots.empty() ? x.num_rows : static_cast<std::int32_t>(slots.size());
+  const auto num_groups = ceil_div(num_slots, 8);
+  const auto num_halves = ceil_div(num_cols, kBlockCols) * 2;
+  args.packed_groups = num_groups;
+  const auto step = std::int64_t{num_halves} * num_groups * 1024;
+  args.packed_step = num_jobs > 1 ? step : 0;
+  auto* image =
+    packed_rows_.take<std::byte>(static_cast<std::size_t>(step * num_jobs + kSpareGroups * 1024));
+  const auto* device_slots = slots.empty() ? nullptr : ring_.put(slots);
+  if (!gpu_.ok()) {
+    return false;
+  }
+  launch_pack_rows(stream_, x, device_slots, num_groups, num_jobs, x_step, num_cols, image);
+  launched("packing of rows");
+  args.packed_x = image;
+  return true;
+}
+
+void cuda_ops::multiply(const linear_args& args) {
+  if (!gpu_.ok()) {
+    return;
+  }
+  const auto num_multiprocessors = gpu_.num_multiprocessors();
+  switch (args.w.type) {
+  case packed_type::bf16: launch_linear_bf16(stream_, args, num_multiprocessors); break;
+  case packed_type::f8: launch_linear_f8(stream_, args, num_multiprocessors); break;
+  case packed_type::i8: launch_linear_i8(stream_, args, num_multiprocessors); break;
+  case packed_type::i4: launch_linear_i4(stream_, args, num_multiprocessors); break;
+  }
+  launched("linear");
+}
+
+/// num_jobs products of neighbouring columns of x with neighbouring rows of w.
+void cuda_ops::multiply_rows(const rows_view& x, std::int32_t x_step, const weight_matrix& w,
+                             std::int32_t num_jobs, const rows_view& out, std::int32_t out_step,
+                             bool float_out) {
+  if (!begin(x.num_rows)) {
+    return;
+  }
+  linear_args args;
+  args.w = packed(w);
+  assert(args.w.num_rows % num_jobs == 0);
+  args.job_cols = args.row_step = args.w.num_rows / num_jobs;
+  args.num_jobs = num_jobs;
+  args.max_rows = x.num_rows;
+  args.job = {args.w.data, args.w.scales, args.w.zeros, nullptr, nullptr, out.data, x.num_rows};
+  args.out_stride = out.stride;
+  args.out_step = out_step;
+  args.float_out = float_out;
+  if (gpu_.is_hopper() && x.num_rows >= kWideFrom) {
+    pack_rows(as_bf16(x), {}, num_jobs, x_step, args.w.num_cols, args);
+  } else {
+    const auto input = make_readable(x, num_jobs, x_step, args.w);
+    args.job.x = input.data;
+    args.x_stride = input.stride;
+    args.x_step = input.group_stride;
+  }
+  multiply(args);
+}
+
+void cuda_ops::linear(const rows_view& x, const weight_matrix& w, const rows_view& out) {
+  multiply_rows(x, x.num_cols, w, 1, out, 0, false);
+}
+
+void cuda_ops::logits(const rows_view& x, const weight_matrix& w, const rows_view& out) {
+  multiply_rows(x, x.num_cols, w, 1, out, 0, true);
+}
+
+void cuda_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
+                               const weight_matrix& w, std::int32_t num_heads, const rows_view& out,
+                               std::int32_t out_head_stride) {
+  multiply_rows(x, x_head_stride, w, num_heads, out, out_head_stride, false);
+}
+
+/// Takes neighbouring tasks of one expert together, and gives those with many rows their places
+/// among the packed ones: `slots_` by row of the input, `task_slots_` by task.
+void cuda_ops::find_runs(std::span<const expert_task> tasks) {
+  runs_.clear();
+  slots_.clear();
+  task_slots_.clear();
+  for (std::size_t first = 0; first < tasks.size();) {
+    auto last = first + 1;
+    while (last < tasks.size() && tasks[last].expert == tasks[first].expert) {
+      ++last;
+    }
+    expert_run run;
+    run.expert = tasks[first].expert;
+    run.first_task = static_cast<std::int32_t>(first);
+    run.num_tasks = static_cast<std::int32_t>(last - first);
+    if (gpu_.is_hopper() && run.num_tasks >= kWideFrom) {
+      run.first_group = static_cast<std::int32_t>(slots_.size() / 8);
+      for (auto task = first; task < last; ++task) {
+        slots_.push_back(tasks[task].row);
+        task_slots_.push_back(static_cast<std::int32_t>(task));
+      }
+      const auto whole = (slots_.size() + 7) / 8 * 8;
+      slots_.resize(whole, -1);
+      task_slots_.resize(whole, -1);
+    }
+    runs_.push_back(run);
+    first = last;
+  }
+}
+
+void cuda_ops::queue_runs(std::span<const expert_weights> experts,
+                          weight_matrix expert_weights::*part, const readable_rows& x,
+                          const std::int32_t* task_rows, bf16* out, std::int64_t out_stride) {
+  for (const auto& run : runs_) {
+    const auto& w = packed(experts[run.expert].*part);
+    const std::int64_t first = run.first_task;
+    linear_job job{w.data,        w.scales,
+                   w.zeros,       x.data,
+                   nullptr,       out + first * out_stride,
+                   run.num_tasks, std::max(run.first_group, 0)};
+    if (task_rows != nullptr) {
+      job.rows = task_rows + first;
+    } else {
+      job.x += first * x.stride;
+    }
+    queue_.push_back({job, &w});
+  }
+}
+
+/// Runs of the same shape and of about the same number of rows go together.
+void cuda_ops::multiply_runs(linear_args args) {
+  const auto size_class = [](const queued_job& one) {
+    const auto rows = one.job.num_rows;
+    return rows <= 8 ? 0 : rows < kWideFrom ? 1 : rows <= 64 ? 2 : 3;
+  };
+  const auto same_kind = [&](const queued_job& a, const queued_job& b) {
+    return size_class(a) == size_class(b) && a.w->type == b.w->type
+           && a.w->num_rows == b.w->num_rows && a.w->num_cols == b.w->num_cols
+           && a.w->block_rows == b.w->block_rows && a.w->num_scale_cols == b.w->num_scale_cols;
+  };
+  const auto* packed_x = args.packed_x;
+  while (!queue_.empty()) {
+    const auto kind = queue_.back();
+    const auto rest = std::partition(queue_.begin(), queue_.end(),
+                                     [&](const auto& one) { return !same_kind(one, kind); });
+    args.w = *kind.w;
+    args.job_cols = args.w.num_rows;
+    args.num_jobs = static_cast<std::int32_t>(queue_.end() - rest);
+    args.packed_x = kind.job.num_rows < kWideFrom ? nullptr : packed_x;
+    args.max_rows = 0;
+    jobs_.clear();
+    for (auto one = rest; one != queue_.end(); ++one) {
+      jobs_.push_back(one->job);
+      args.max_rows = std::max(args.max_rows, one->job.num_rows);
+    }
+    args.jobs = ring_.put(std::span<const linear_job>(jobs_));
+    multiply(args);
+    queue_.erase(rest, queue_.end());
+  }
+}
+
+void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
+                       std::span<const expert_weights> experts, const rows_view& out) {
+  const auto num_tasks = static_cast<std::int32_t>(tasks.size());
+  if (!begin(num_tasks)) {
+    return;
+  }
+  task_rows_.clear();
+  std::int32_t widest = 0;
+  for (const auto& task : tasks) {
+    task_rows_.push_back(task.row);
+    widest = std::max(widest, experts[task.expert].gate.num_rows);
+  }
+  find_runs(tasks);
+  const auto* rows = ring_.put(std::span<const std::int32_t>(task_rows_));
+  const auto size = static_cast<std::size_t>(num_tasks) * widest;
+  const rows_view gate{gates_.take<bf16>(size), num_tasks, widest, widest};
+  const rows_view up{ups_.take<bf16>(size), num_tasks, widest, widest};
+  if (!gpu_.ok()) {
+    return;
+  }
+  const auto& one = experts[tasks.front().expert];
+
+  linear_args args;
+  if (!slots_.empty()) {
+    pack_rows(as_bf16(x), slots_, 1, 0, x.num_cols, args);
+  }
+  const auto input = make_readable(x, 1, x.num_cols, packed(one.gate));
+  queue_runs(experts, &expert_weights::gate, input, rows, as_bf16(gate).data, widest);
+  queue_runs(experts, &expert_weights::up, input, rows, as_bf16(up).data, widest);
+  args.x_stride = input.stride;
+  args.out_stride = widest;
+  multiply_runs(args);
+  launch_swiglu(stream_, as_bf16(gate), as_bf16(up), as_bf16(gate));
+  launched("swiglu of experts");
+
+  if (!slots_.empty()) {
+    pack_rows(as_bf16(gate), task_slots_, 1, 0, widest, args);
+  }
+  const auto middle = make_readable(gate, 1, widest, packed(one.down));
+  queue_runs(experts, &expert_weights::down, middle, nullptr, as_bf16(out).data, out.stride);
+  args.x_stride = middle.stride;
+  args.out_stride = out.stride;
+  multiply_runs(args);
+}
+
+} // namespace troupe::kernels::cuda

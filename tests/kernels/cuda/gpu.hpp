@@ -1,0 +1,164 @@
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include <catch2/catch.hpp>
+
+#include "../support.hpp"
+#include "troupe/kernels/cuda/cuda_ops.hpp"
+
+/// What the tests of the CUDA back end share: the GPU, and rows on it.
+namespace kernel_tests {
+
+using troupe::kernels::cuda::gpu_ops;
+
+/// The first GPU; null, with a word to CTest, where there is none.
+inline gpu_ops* gpu() {
+  static std::string error;
+  static const auto device = troupe::kernels::cuda::num_devices() > 0
+                               ? troupe::kernels::cuda::make_cuda_ops(0, error)
+                               : nullptr;
+  if (device == nullptr) {
+    WARN("skipped: no GPU here. " << error);
+  }
+  return device.get();
+}
+
+inline ops& reference() {
+  static const auto device = troupe::kernels::make_cpu_ops(4);
+  return *device;
+}
+
+inline std::uint16_t to_bf16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) {
+    return static_cast<std::uint16_t>(bits >> 16 | 0x40U);
+  }
+  return static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
+}
+
+/// Values as the GPU will see them.
+inline matrix rounded(matrix x) {
+  for (auto& value : x.data) {
+    value = bf16_value(to_bf16(value));
+  }
+  return x;
+}
+
+inline matrix random_rows(int rows, int cols, std::mt19937& random, float width = 1.0F) {
+  return rounded(random_matrix(rows, cols, random, width));
+}
+
+/// Rows on the GPU, in memory that was full of NaN; the stride may be wider than the rows.
+class gpu_rows {
+public:
+  gpu_rows(int rows, int cols, int stride = 0)
+    : rows_(rows), cols_(cols), stride_(stride > 0 ? stride : cols) {
+    const auto count = std::size_t(std::max(rows, 1)) * stride_;
+    memory_ = gpu()->allocate(count * 2);
+    const std::vector<std::uint16_t> nan(count, 0x7FC0);
+    gpu()->copy_from_host(nan.data(), {memory_.get(), 1, int(count), int(count)});
+  }
+
+  explicit gpu_rows(const matrix& from, int stride = 0)
+    : gpu_rows(from.num_rows, from.num_cols, stride) {
+    std::vector<std::uint16_t> bits(from.data.size());
+    for (std::size_t i = 0; i < bits.size(); ++i) {
+      bits[i] = to_bf16(from.data[i]);
+    }
+    gpu()->copy_from_host(bits.data(), view());
+  }
+
+  rows_view view() const { return {memory_.get(), rows_, cols_, stride_}; }
+
+  rows_view first_rows(int count) const { return {memory_.get(), count, cols_, stride_}; }
+
+  matrix read() const {
+    std::vector<std::uint16_t> bits(std::size_t(rows_) * cols_);
+    gpu()->copy_to_host(view(), bits.data());
+    matrix result(rows_, cols_);
+    for (std::size_t i = 0; i < bits.size(); ++i) {
+      result.data[i] = bf16_value(bits[i]);
+    }
+    return result;
+  }
+
+private:
+  int rows_;
+  int cols_;
+  int stride_;
+  std::shared_ptr<void> memory_;
+};
+
+/// Float32 rows on the GPU: two places of 16 bit each.
+class gpu_floats {
+public:
+  gpu_floats(int rows, int cols) : rows_(rows), cols_(cols) {
+    memory_ = gpu()->allocate(std::size_t(rows) * cols * 4);
+  }
+
+  explicit gpu_floats(const matrix& from) : gpu_floats(from.num_rows, from.num_cols) {
+    gpu()->copy_from_host(from.data.data(), {memory_.get(), rows_, cols_ * 2, cols_ * 2});
+  }
+
+  rows_view view() const { return {memory_.get(), rows_, cols_, cols_}; }
+
+  matrix read() const {
+    matrix result(rows_, cols_);
+    gpu()->copy_to_host({memory_.get(), rows_, cols_ * 2, cols_ * 2}, result.data.data());
+    return result;
+  }
+
+private:
+  int rows_;
+  int cols_;
+  std::shared_ptr<void> memory_;
+};
+
+/// A vector of float32 on the GPU.
+inline const float* gpu_vector(const std::vector<float>& values) {
+  weight_matrix w;
+  w.data = values.data();
+  w.num_rows = 1;
+  w.num_cols = static_cast<std::int32_t>(values.size());
+  return static_cast<const float*>(gpu()->place(w, troupe::kernels::weight_use::stored).data);
+}
+
+/// ||a - b|| / ||b||; NaN never passes a comparison.
+inline double distance(const matrix& a, const matrix& b) {
+  double difference = 0.0;
+  double size = 0.0;
+  for (std::size_t i = 0; i < b.data.size(); ++i) {
+    difference += (double{a.data[i]} - b.data[i]) * (double{a.data[i]} - b.data[i]);
+    size += double{b.data[i]} * b.data[i];
+  }
+  return std::sqrt(difference / std::max(size, 1e-30));
+}
+
+/// Rounding a result to bf16 costs 2^-9 at most; sums and intermediate steps a little more.
+inline constexpr double kRounding = 4e-3;
+
+inline matrix select_rows(const matrix& from, const std::vector<int>& rows) {
+  matrix result(static_cast<int>(rows.size()), from.num_cols);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    std::copy_n(&from.data[std::size_t(rows[i]) * from.num_cols], from.num_cols,
+                &result.data[i * from.num_cols]);
+  }
+  return result;
+}
+
+inline std::vector<int> shuffled(int count, std::mt19937& random) {
+  std::vector<int> result(count);
+  std::iota(result.begin(), result.end(), 0);
+  std::shuffle(result.begin(), result.end(), random);
+  return result;
+}
+
+} // namespace kernel_tests
