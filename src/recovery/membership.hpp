@@ -110,7 +110,7 @@ private:
     std::optional<time_point> heard; ///< its last sign of life
     time_point lost_since{};
     std::chrono::milliseconds grace{};
-    std::uint64_t num_changes = 0; ///< WorkerChanged heard since its hello
+    std::uint64_t num_changes = 0; ///< of its last hello, and WorkerChanged since
     unsigned num_behind = 0;       ///< heartbeats in a row that tell of changes not heard
     std::optional<time_point> returned;
     std::uint64_t assignment_version = 0;

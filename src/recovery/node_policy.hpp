@@ -173,7 +173,7 @@ private:
   std::string host_;
   std::mt19937_64 generations_;
   bool connected_ = false;
-  std::uint64_t num_changes_ = 0; ///< WorkerChanged sent since the last hello
+  std::uint64_t num_changes_ = 0; ///< hellos and WorkerChanged sent, in all
   bool assigned_ = false;
   std::uint64_t assignment_version_ = 0;
   proto::ClusterPlan plan_;

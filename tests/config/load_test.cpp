@@ -112,7 +112,7 @@ TEST_CASE("a file with nothing but the model gets every default") {
 TEST_CASE("every key arrives in its own field") {
   const auto loaded =
     config::parse("cluster: big\n"
-                  "model: {path: models/troupe-mini, numerics: exact, name: m}\n"
+                  "model: {path: models/troupe-mini, numerics: fast, name: m}\n"
                   "nodes:\n"
                   "  - {name: a, host: 127.0.0.7, devices: [cpu, cpu]}\n"
                   "  - {name: b, host: gpu-7.example, launch: join}\n"
@@ -128,6 +128,7 @@ TEST_CASE("every key arrives in its own field") {
                   "  max_queue: 13\n"
                   "  max_context: 90\n"
                   "  request_timeout_s: 14\n"
+                  "  draft_tokens: 2\n"
                   "  threads: 15\n"
                   "recovery: {heartbeat_ms: 21, hang_ms: 220, max_restarts: 23,\n"
                   "           within_s: 24, spares: 0, deadline_ms: 2500}\n"
@@ -152,6 +153,8 @@ TEST_CASE("every key arrives in its own field") {
   CHECK(loaded->serving.prefill_chunk_tokens == 10);
   CHECK(loaded->serving.kv_tokens == 96);
   CHECK(loaded->serving.page_tokens == 8);
+  CHECK(loaded->serving.draft_tokens == 2);
+  CHECK(loaded->model.arithmetic == config::numerics::fast);
   CHECK(loaded->serving.max_queue == 13);
   CHECK(loaded->serving.max_context == 90);
   CHECK(loaded->serving.request_timeout_s == 14);
@@ -197,7 +200,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 3) + (2 + 4) + (1 + 5) + (1 + 11) + (1 + 12) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 3) + (2 + 4) + (1 + 5) + (1 + 12) + (1 + 12) + (1 + 1));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
@@ -404,10 +407,6 @@ TEST_CASE("what cannot run yet is refused by name") {
     {"nodes: [{devices: ['cuda:1']}]\n",
      "c.yaml:2:20: nodes[0].devices[0]: cuda:1 is not supported yet in this build; write cpu"},
   });
-  CHECK(
-    problems_in("model: {path: models/troupe-mini, numerics: fast}")
-    == std::vector<std::string>{"c.yaml:1:45: model.numerics: fast is not supported yet in this "
-                                "build; write exact"});
   CHECK(
     problems_in("model: {path: 'random:a.json'}")
     == std::vector<std::string>{"c.yaml:1:15: model.path: there is no file \"a.json\" to make a "

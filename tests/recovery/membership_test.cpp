@@ -590,6 +590,24 @@ TEST_CASE("what a heartbeat shows to be missed is asked for, but not at the firs
   m.node_heartbeat(beat, start, answer);
   m.node_heartbeat(beat, start, answer);
   CHECK(answer.say_hello());
+
+  // A hello counts too: one that is lost, with changes before and after it, is missed.
+  proto::NodeHello hello;
+  hello.set_name("node-0");
+  hello.set_incarnation(1);
+  hello.set_num_changes(4);
+  m.node_hello(hello, start);
+  beat.set_view_version(m.view().version());
+  beat.set_assignment_version(m.assignment_for("node-0").version());
+  beat.set_num_changes(4);
+  answer.Clear();
+  for (int i = 0; i < 5; ++i)
+    m.node_heartbeat(beat, start, answer);
+  CHECK_FALSE(answer.say_hello());
+  beat.set_num_changes(8);
+  for (int i = 0; i < 3; ++i)
+    m.node_heartbeat(beat, start, answer);
+  CHECK(answer.say_hello());
 }
 
 TEST_CASE("the actors of a worker that died too often move, as far as there is room") {

@@ -82,7 +82,7 @@ struct node {
   void happen(const proto::NodeHello& said) {
     log.push_back("hello");
     hello = said;
-    num_changes = 0;
+    num_changes = said.num_changes();
   }
   void happen(const proto::WorkerChanged& change) {
     const auto& w = change.worker();

@@ -391,15 +391,18 @@ TEST_CASE("what happens without a controller is said in the next hello") {
   CHECK(n.hello.workers(0).incarnation() == 2);
 }
 
-TEST_CASE("a heartbeat counts the changes since the hello") {
+TEST_CASE("a heartbeat counts hellos and changes, so that any that is lost is missed") {
   auto n = running();
   CHECK(n.policy.heartbeat().num_changes() == n.num_changes);
-  CHECK(n.num_changes == 3);
+  CHECK(n.num_changes == 4); // a hello and three changes
   n.die("node-0/worker-0#1");
-  CHECK(n.policy.heartbeat().num_changes() == 5);
+  CHECK(n.policy.heartbeat().num_changes() == 6);
   n.policy.disconnected();
   n.die("node-0/worker-0#2");
-  CHECK(n.policy.heartbeat().num_changes() == 5);
+  CHECK(n.policy.heartbeat().num_changes() == 6);
   n.carry_out(n.policy.connected());
-  CHECK(n.policy.heartbeat().num_changes() == 0);
+  CHECK(n.policy.heartbeat().num_changes() == 7);
+  CHECK(n.hello.num_changes() == 7);
+  n.carry_out(n.policy.hello_wanted());
+  CHECK(n.policy.heartbeat().num_changes() == 8);
 }
