@@ -88,6 +88,10 @@ void list_layer(const model_config& config, const model_part& part, std::int32_t
 
 } // namespace
 
+kernels::weight_use wide_product_use(const model_config& config) {
+  return config.int8 ? kernels::weight_use::narrow_product : kernels::weight_use::product;
+}
+
 model_part whole_model(const model_config& config) {
   return {0, config.num_layers, true, 0, config.num_experts};
 }
@@ -189,13 +193,14 @@ const float* weight_store::keep(std::vector<float> values) {
   return static_cast<const float*>(ops_.place(as_row, kernels::weight_use::stored).data);
 }
 
-kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_t num_cols) {
+kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_t num_cols,
+                                          kernels::weight_use use) {
   floats_.push_back(std::move(values));
   kernels::weight_matrix result;
   result.data = floats_.back().data();
   result.num_rows = static_cast<std::int32_t>(floats_.back().size()) / num_cols;
   result.num_cols = num_cols;
-  return ops_.place(result);
+  return ops_.place(result, use);
 }
 
 expected<kernels::expert_weights> load_mlp(weight_store& store, const std::string& prefix,
