@@ -87,6 +87,7 @@ private:
   model_config config_;
   kernels::ops& ops_;
   std::vector<std::vector<float>> floats_;
+  std::vector<std::vector<std::uint16_t>> halves_;
   std::vector<stored_weight> kept_;
 };
 
