@@ -96,10 +96,6 @@ bool fits_bf16(const std::vector<float>& values) {
 
 } // namespace
 
-kernels::weight_use wide_product_use(const model_config& config) {
-  return config.int8 ? kernels::weight_use::narrow_product : kernels::weight_use::product;
-}
-
 model_part whole_model(const model_config& config) {
   return {0, config.num_layers, true, 0, config.num_experts};
 }
@@ -218,6 +214,10 @@ kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_
     result.data = floats_.back().data();
   }
   return ops_.place(result, use);
+}
+
+kernels::weight_use wide_product_use(const model_config& config) {
+  return config.int8 ? kernels::weight_use::narrow_product : kernels::weight_use::product;
 }
 
 expected<kernels::expert_weights> load_mlp(weight_store& store, const std::string& prefix,
