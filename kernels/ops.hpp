@@ -49,7 +49,10 @@ enum class numerics : std::uint8_t { exact, fast };
 /// What a weight is for.
 enum class weight_use : std::uint8_t {
   product, ///< linear, linear_per_head, experts: may be packed for speed
-  stored,  ///< embed, route, vectors: used as it is
+  /// The same of a model whose weights are i8, where this one is wider: fast numerics may round
+  /// it to 8 bit, by row and group of 128.
+  narrow_product,
+  stored, ///< embed, route, vectors: used as it is
 };
 
 /// Rows of activations in device memory, elements of `ops::activation_type()`.
@@ -112,6 +115,12 @@ struct router_params {
 /// One expert of a MoE layer: SwiGLU, down(silu(gate(x)) * up(x)).
 struct expert_weights {
   weight_matrix gate, up, down;
+};
+
+/// One of several products of the same rows.
+struct linear_part {
+  weight_matrix w;
+  rows_view out;
 };
 
 /// A row that one expert has to compute.
@@ -187,6 +196,23 @@ public:
   /// The same with `out` in float32 whatever activation_type is: the logits that `sample` takes.
   virtual void logits(const rows_view& x, const weight_matrix& w, const rows_view& out) {
     linear(x, w, out);
+  }
+
+  /// `linear` with each of the parts, whose outputs do not overlap.
+  virtual void linears(const rows_view& x, std::span<const linear_part> parts) {
+    for (const linear_part& part : parts) {
+      linear(x, part.w, part.out);
+    }
+  }
+
+  /// out = down(silu(gate(x)) * up(x)). `gate` and `up` are room for [rows, w.gate.num_rows], of
+  /// any contents before and after.
+  virtual void mlp(const rows_view& x, const expert_weights& w, const rows_view& gate,
+                   const rows_view& up, const rows_view& out) {
+    linear(x, w.gate, gate);
+    linear(x, w.up, up);
+    swiglu(gate, up, gate);
+    linear(gate, w.down, out);
   }
 
   /// Per head h: out[m, h, :] = w[h] * x[m, h, :]. Rows hold their heads at

@@ -84,7 +84,7 @@ cpu_ops::cpu_ops(const kernel_table& kernels, std::int32_t num_threads,
 }
 
 std::shared_ptr<void> cpu_ops::allocate(std::size_t bytes) {
-  void* memory = std::aligned_alloc(64, std::max<std::size_t>((bytes + 63) / 64, 1) * 64);
+  void* memory = allocate_aligned(bytes);
   if (memory == nullptr) {
     return nullptr;
   }

@@ -12,7 +12,8 @@ const fast_table& fast_avx512_kernels() {
                                     .multiply = fast::multiply,
                                     .pack_queries = fast::pack_queries,
                                     .attend_block = fast::attend_block,
-                                    .merge_part = fast::merge_part,
+                                    .score_positions = fast::score_positions,
+                                    .attend_panels = fast::attend_panels,
                                     .finish_part = fast::finish_part,
                                     .peak_bf16 = fast::peak_bf16,
                                     .peak_i8 = fast::peak_i8};

@@ -12,7 +12,7 @@ inline constexpr std::int32_t kTileRows = 6;
 inline constexpr std::int32_t kTilePanels = kBundlePanels;
 
 /// Pairs of elements whose weights stay in the first cache while rows pass by.
-inline constexpr std::int32_t kBlockPairs = 64;
+inline constexpr std::int32_t kBlockPairs = 1024;
 
 /// Bytes ahead of the reader that are asked for where weights are read once.
 inline constexpr std::int64_t kAhead = 4096;
@@ -48,10 +48,6 @@ inline __m512bh pair_of(const std::uint16_t* from) {
   std::int32_t pair;
   __builtin_memcpy(&pair, from, 4);
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-}
-
-inline void ask_for(const unsigned char* line) {
-  _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
 }
 
 /// The columns of panel p of a tile that exist.
@@ -349,10 +345,10 @@ inline void multiply_bf16(const fast_args& args, const tile_columns& c) {
   }
   for (std::int32_t k = 0; k < pairs; k += kBlockPairs) {
     const std::int32_t count = least(kBlockPairs, pairs - k);
-    const unsigned char* next = c.weights.data + (k + kBlockPairs) * c.weights.stride;
+    const unsigned char* next = c.weights.data + (k + count) * c.weights.stride;
     for_tiles(args.num_rows, [&](std::int32_t tile, std::int32_t first, std::int32_t num_rows) {
       const auto rows = find_rows<std::uint16_t>(args, first, num_rows, 2 * k, c.n * 16);
-      const tile_weights w = c.from(k, next + least(tile, 2) * (kBlockPairs * 128));
+      const tile_weights w = c.from(k, next + least(tile, 2) * (count * 128));
       with_tile(num_rows, c.panels, [&]<int Rows, int Panels>() {
         multiply_tile<Rows, Panels, false>(rows, w, count, k == 0, {});
       });

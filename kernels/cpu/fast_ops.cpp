@@ -44,6 +44,12 @@ std::int32_t group_of(const weight_matrix& w) {
   return w.block_cols % 4 == 0 && w.block_cols < kLargestGroup ? w.block_cols : 0;
 }
 
+/// True if rows are rounded for one as for the other.
+bool rounds_alike(const packed_weight& a, const packed_weight& b) {
+  return (a.kind == packed_kind::i8) == (b.kind == packed_kind::i8) && a.num_cols == b.num_cols
+         && (a.kind != packed_kind::i8 || a.group == b.group);
+}
+
 /// Rounded to 8 bit by group, as fast_table::quantise_row does.
 void to_bytes_and_back(const float* x, std::int32_t count, std::int32_t group, float* out) {
   for (std::int32_t first = 0; first < count; first += group) {
@@ -77,10 +83,59 @@ unsigned char* fast_ops::multiply_scratch(std::int32_t thread) {
 weight_matrix fast_ops::place(const weight_matrix& weight, weight_use use) {
   weight_matrix result = weight;
   result.packed = nullptr;
-  if (fast_ == nullptr || use != weight_use::product || weight.type == element_type::i4) {
+  if (fast_ == nullptr || use == weight_use::stored || weight.type == element_type::i4) {
     return result;
   }
   packed_weight packed;
+  bool done = false;
+  if (use == weight_use::narrow_product && size_of(weight.type) > 1 && weight.scales == nullptr) {
+    std::vector<std::int8_t> codes(static_cast<std::size_t>(weight.num_rows) * weight.num_cols);
+    std::vector<float> scales(static_cast<std::size_t>(weight.num_rows)
+                              * ceil_div(weight.num_cols, kLargestGroup));
+    done = pack(narrow(weight, codes.data(), scales.data()), packed);
+  } else {
+    done = pack(weight, packed);
+  }
+  if (done) {
+    packed_.push_back(packed);
+    result.packed = &packed_.back();
+  }
+  return result;
+}
+
+weight_matrix fast_ops::narrow(const weight_matrix& weight, std::int8_t* codes, float* scales) {
+  const std::int32_t num_cols = weight.num_cols;
+  const std::int32_t num_groups = ceil_div(num_cols, kLargestGroup);
+  for_rows(weight.num_rows, 4 * std::int64_t{num_cols}, [&](std::int32_t row, std::int32_t thread) {
+    float* values = memory_[thread].tile.take(num_cols);
+    kernels().expand_row(weight, row, values);
+    for (std::int32_t g = 0; g < num_groups; ++g) {
+      const std::int32_t first = g * kLargestGroup;
+      const std::int32_t last = std::min(num_cols, first + kLargestGroup);
+      float largest = 0.0F;
+      for (std::int32_t k = first; k < last; ++k) {
+        largest = std::max(largest, std::fabs(values[k]));
+      }
+      scales[std::int64_t{row} * num_groups + g] = largest * (1.0F / 127.0F);
+      const float inverse = largest > 0.0F ? 127.0F / largest : 0.0F;
+      for (std::int32_t k = first; k < last; ++k) {
+        const float code = std::clamp(std::nearbyint(values[k] * inverse), -127.0F, 127.0F);
+        codes[std::int64_t{row} * num_cols + k] = static_cast<std::int8_t>(code);
+      }
+    }
+  });
+  weight_matrix result;
+  result.data = codes;
+  result.type = element_type::i8;
+  result.num_rows = weight.num_rows;
+  result.num_cols = num_cols;
+  result.scales = scales;
+  result.block_rows = 1;
+  result.block_cols = kLargestGroup;
+  return result;
+}
+
+bool fast_ops::pack(const weight_matrix& weight, packed_weight& packed) {
   packed.num_rows = weight.num_rows;
   packed.num_cols = weight.num_cols;
   packed.depth = ceil_div(weight.num_cols, 4) * 4;
@@ -93,7 +148,7 @@ weight_matrix fast_ops::place(const weight_matrix& weight, weight_use use) {
   }
   const bool scaled = weight.scales != nullptr;
   if (packed.kind == packed_kind::bf16 ? scaled : packed.group == 0) {
-    return result;
+    return false;
   }
   if (packed.group > 0) {
     packed.num_groups = ceil_div(packed.depth, packed.group);
@@ -101,7 +156,7 @@ weight_matrix fast_ops::place(const weight_matrix& weight, weight_use use) {
   packed.data = arena_.take(packed.data_bytes());
   packed.scales = reinterpret_cast<float*>(arena_.take(packed.scale_bytes()));
   if (packed.data == nullptr || packed.scales == nullptr) {
-    return result;
+    return false;
   }
   const std::int32_t num_panels = packed.num_panels();
   const std::int32_t chunks = std::clamp(ceil_div(packed.data_bytes(), 1 << 18), 1, num_panels);
@@ -111,9 +166,7 @@ weight_matrix fast_ops::place(const weight_matrix& weight, weight_use use) {
     fast_->pack(weight, packed, first, last);
     tick();
   });
-  packed_.push_back(packed);
-  result.packed = &packed_.back();
-  return result;
+  return true;
 }
 
 rows_view fast_ops::rounded(const rows_view& x, const weight_matrix& w, std::int32_t num_segments,
@@ -138,29 +191,31 @@ rows_view fast_ops::rounded(const rows_view& x, const weight_matrix& w, std::int
   return result;
 }
 
-template <class Row>
-fast_rows fast_ops::round_rows(std::int32_t num_rows, const packed_weight& w, row_memory& memory,
-                               const Row& row) {
+fast_rows fast_ops::take_rows(std::int32_t num_rows, const packed_weight& w, row_memory& memory) {
   fast_rows result;
   // An odd number of cache lines, so that the rows of a tile do not fall into the same sets.
   const bool bytes = w.kind == packed_kind::i8;
   const std::int32_t line = bytes ? 64 : 32;
   result.stride = std::int64_t{ceil_div(w.depth, 2 * line) * 2 + 1} * line;
-  std::int8_t* whole = nullptr;
-  std::uint16_t* halves = nullptr;
-  float* scales = nullptr;
-  std::int32_t* offsets = nullptr;
   if (bytes) {
-    whole = memory.bytes.take(num_rows * result.stride);
-    scales = memory.scales.take(std::int64_t{num_rows} * w.num_groups);
-    offsets = memory.offsets.take(std::int64_t{num_rows} * w.num_groups);
-    result.data = whole;
-    result.scales = scales;
-    result.offsets = offsets;
+    result.data = memory.bytes.take(num_rows * result.stride);
+    result.scales = memory.scales.take(std::int64_t{num_rows} * w.num_groups);
+    result.offsets = memory.offsets.take(std::int64_t{num_rows} * w.num_groups);
   } else {
-    halves = memory.halves.take(num_rows * result.stride);
-    result.data = halves;
+    result.data = memory.halves.take(num_rows * result.stride);
   }
+  return result;
+}
+
+template <class Row>
+fast_rows fast_ops::round_rows(std::int32_t num_rows, const packed_weight& w, row_memory& memory,
+                               const Row& row) {
+  const fast_rows result = take_rows(num_rows, w, memory);
+  const bool bytes = w.kind == packed_kind::i8;
+  std::int8_t* whole = memory.bytes.take(0);
+  std::uint16_t* halves = memory.halves.take(0);
+  float* scales = memory.scales.take(0);
+  std::int32_t* offsets = memory.offsets.take(0);
   const auto round = [&](std::int32_t m) {
     if (bytes) {
       const std::int64_t at = std::int64_t{m} * w.num_groups;
@@ -189,64 +244,110 @@ fast_rows fast_ops::round_rows(std::int32_t num_rows, const packed_weight& w, ro
   return result;
 }
 
-void fast_ops::multiply(const fast_args& args) {
-  const std::int32_t num_panels = args.w->num_panels();
-  const std::int32_t num_rows = args.num_rows;
-  const std::int64_t panel_bytes = args.w->panel_bytes();
-  std::int32_t row_blocks = ceil_div(num_rows, kRowsOfItem);
-  // Short of bandwidth, any cut of the columns will do; short of time, whole tiles.
-  const std::int32_t unit = num_rows <= 8 ? 1 : kPanelsOfTile;
-  const std::int32_t units = ceil_div(num_panels, unit);
-  const std::int64_t largest = std::max<std::int64_t>(kBytesOfItem / panel_bytes, 1);
-  // As many cuts for one thread as for the other: they end together.
+void fast_ops::multiply(std::span<const fast_args> products) {
   const std::int32_t threads = pool().size();
-  std::int32_t cuts = std::max(ceil_div(num_panels, largest), 1);
-  cuts = std::min(units, ceil_div(cuts, threads) * threads);
-  if (row_blocks > 1) {
-    cuts = units;
-  }
-  const std::int32_t wanted = threads * 8;
-  while (cuts * row_blocks < wanted && num_rows / row_blocks >= 64) {
-    row_blocks *= 2;
-  }
-  if (std::int64_t{num_rows} * panel_bytes * num_panels <= 1 << 15) {
-    cuts = row_blocks = 1;
-  }
-  pool().run(cuts * row_blocks, [&](std::int32_t item, std::int32_t thread) {
-    const std::int64_t cut = item / row_blocks;
-    const std::int64_t block = item % row_blocks;
-    const auto row = static_cast<std::int32_t>(num_rows * block / row_blocks);
-    fast_args part = args;
-    part.num_rows = static_cast<std::int32_t>(num_rows * (block + 1) / row_blocks) - row;
-    if (args.rows == nullptr) {
-      const std::int64_t element = args.w->kind == packed_kind::i8 ? 1 : 2;
-      part.x.data = static_cast<const char*>(args.x.data) + row * args.x.stride * element;
-      part.x.scales += std::int64_t{row} * args.w->num_groups;
-      part.x.offsets += std::int64_t{row} * args.w->num_groups;
-    } else {
-      part.rows += row;
+  cuts_.clear();
+  std::int32_t num_items = 0;
+  std::int64_t work = 0;
+  for (const fast_args& args : products) {
+    const std::int32_t num_panels = args.w->num_panels();
+    const std::int32_t num_rows = args.num_rows;
+    const std::int64_t panel_bytes = args.w->panel_bytes();
+    product_cut cut{args, 1, 1, ceil_div(num_rows, kRowsOfItem)};
+    // Half a bundle would read every other pair of cache lines, and memory delivers them all; but
+    // no thread should go without work.
+    if (num_panels >= 2 * kBundlePanels * threads) {
+      cut.unit = kBundlePanels;
     }
-    part.out += row * args.out_stride;
-    const auto first = static_cast<std::int32_t>(units * cut / cuts * unit);
-    const auto last = static_cast<std::int32_t>(units * (cut + 1) / cuts * unit);
-    fast_->multiply(part, first, std::min(last, num_panels), multiply_scratch(thread));
+    const std::int32_t units = ceil_div(num_panels, cut.unit);
+    const std::int64_t largest = std::max<std::int64_t>(kBytesOfItem / panel_bytes, 1);
+    // As many cuts for one thread as for the other: they end together.
+    cut.cuts = std::max(ceil_div(num_panels, largest), 1);
+    cut.cuts = std::min(units, ceil_div(cut.cuts, threads) * threads);
+    if (cut.row_blocks > 1) {
+      cut.cuts = units;
+    }
+    const std::int32_t wanted = threads * 8;
+    while (cut.cuts * cut.row_blocks < wanted && num_rows / cut.row_blocks >= 64) {
+      cut.row_blocks *= 2;
+    }
+    work += num_rows * panel_bytes * num_panels;
+    num_items += cut.cuts * cut.row_blocks;
+    cuts_.push_back(cut);
+  }
+  const auto one = [&](std::int32_t item, std::int32_t thread) {
+    const product_cut* cut = cuts_.data();
+    while (item >= cut->cuts * cut->row_blocks) {
+      item -= cut->cuts * cut->row_blocks;
+      ++cut;
+    }
+    multiply(*cut, item, thread);
     tick();
-  });
+  };
+  if (work > 1 << 15) {
+    return pool().run(num_items, one);
+  }
+  for (std::int32_t item = 0; item < num_items; ++item) {
+    one(item, 0);
+  }
+}
+
+void fast_ops::multiply(const product_cut& cut, std::int32_t item, std::int32_t thread) {
+  const std::int64_t column = item / cut.row_blocks;
+  const std::int64_t block = item % cut.row_blocks;
+  const auto row = static_cast<std::int32_t>(cut.args.num_rows * block / cut.row_blocks);
+  fast_args part = cut.args;
+  part.num_rows = static_cast<std::int32_t>(cut.args.num_rows * (block + 1) / cut.row_blocks) - row;
+  if (part.rows == nullptr) {
+    const std::int64_t element = part.w->kind == packed_kind::i8 ? 1 : 2;
+    part.x.data = static_cast<const char*>(part.x.data) + row * part.x.stride * element;
+    part.x.scales += std::int64_t{row} * part.w->num_groups;
+    part.x.offsets += std::int64_t{row} * part.w->num_groups;
+  } else {
+    part.rows += row;
+  }
+  part.out += row * part.out_stride;
+  const std::int32_t num_panels = part.w->num_panels();
+  const std::int32_t units = ceil_div(num_panels, cut.unit);
+  const auto first = static_cast<std::int32_t>(units * column / cut.cuts * cut.unit);
+  const auto last = static_cast<std::int32_t>(units * (column + 1) / cut.cuts * cut.unit);
+  fast_->multiply(part, first, std::min(last, num_panels), multiply_scratch(thread));
 }
 
 void fast_ops::linear(const rows_view& x, const weight_matrix& w, const rows_view& out) {
-  const packed_weight* packed = packed_of(w);
-  if (packed == nullptr) {
+  if (packed_of(w) == nullptr) {
     return cpu_ops::linear(rounded(x, w, 1, 0), w, out);
   }
-  assert(x.num_cols == w.num_cols && out.num_cols == w.num_rows && out.num_rows == x.num_rows);
-  fast_args args;
-  args.w = packed;
-  args.x = round_rows(x.num_rows, *packed, input_, [&](std::int32_t m) { return row_of(x, m); });
-  args.num_rows = x.num_rows;
-  args.out = static_cast<float*>(out.data);
-  args.out_stride = out.stride;
-  multiply(args);
+  const linear_part part{w, out};
+  linears(x, {&part, 1});
+}
+
+void fast_ops::linears(const rows_view& x, std::span<const linear_part> parts) {
+  constexpr std::size_t most = 4;
+  const packed_weight* first = packed_of(parts.front().w);
+  const bool alike =
+    parts.size() <= most && std::all_of(parts.begin(), parts.end(), [&](const linear_part& part) {
+      return packed_of(part.w) != nullptr && rounds_alike(*packed_of(part.w), *first);
+    });
+  if (!alike) {
+    for (const linear_part& part : parts) {
+      linear(x, part.w, part.out);
+    }
+    return;
+  }
+  fast_args args[most];
+  const fast_rows rows =
+    round_rows(x.num_rows, *first, input_, [&](std::int32_t m) { return row_of(x, m); });
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto& [w, out] = parts[i];
+    assert(x.num_cols == w.num_cols && out.num_cols == w.num_rows && out.num_rows == x.num_rows);
+    args[i].w = packed_of(w);
+    args[i].x = rows;
+    args[i].num_rows = x.num_rows;
+    args[i].out = static_cast<float*>(out.data);
+    args[i].out_stride = out.stride;
+  }
+  multiply({args, parts.size()});
 }
 
 void fast_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
@@ -254,13 +355,19 @@ void fast_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
                                std::int32_t out_head_stride) {
   const packed_weight* packed = packed_of(w);
   const std::int32_t out_dim = w.num_rows / num_heads;
-  if (packed == nullptr || packed->kind != packed_kind::bf16 || out_dim % kPackedColumns != 0) {
+  if (packed == nullptr || out_dim % kPackedColumns != 0) {
     return cpu_ops::linear_per_head(rounded(x, w, num_heads, x_head_stride), w.num_cols, w,
                                     num_heads, out, out_head_stride);
   }
   const fast_rows rows = round_rows(x.num_rows * num_heads, *packed, input_, [&](std::int32_t i) {
     return row_of(x, i / num_heads) + std::int64_t{i % num_heads} * x_head_stride;
   });
+  std::int32_t* head_rows = head_rows_.take(std::int64_t{x.num_rows} * num_heads);
+  for (std::int32_t h = 0; h < num_heads; ++h) {
+    for (std::int32_t m = 0; m < x.num_rows; ++m) {
+      head_rows[std::int64_t{h} * x.num_rows + m] = m * num_heads + h;
+    }
+  }
   const std::int32_t panels = out_dim / kPackedColumns;
   const std::int32_t row_blocks = ceil_div(x.num_rows, kRowsOfItem);
   pool().run(num_heads * row_blocks, [&](std::int32_t item, std::int32_t thread) {
@@ -270,9 +377,7 @@ void fast_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
     fast_args args;
     args.w = packed;
     args.x = rows;
-    args.x.stride = rows.stride * num_heads;
-    args.x.data = static_cast<const std::uint16_t*>(rows.data)
-                  + (std::int64_t{row} * num_heads + head) * rows.stride;
+    args.rows = head_rows + std::int64_t{head} * x.num_rows + row;
     args.num_rows = static_cast<std::int32_t>(x.num_rows * (block + 1) / row_blocks) - row;
     args.out = row_of(out, row) + std::int64_t{head} * out_head_stride;
     args.first_column = head * out_dim;
@@ -280,6 +385,18 @@ void fast_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
     fast_->multiply(args, head * panels, (head + 1) * panels, multiply_scratch(thread));
     tick();
   });
+}
+
+void fast_ops::mlp(const rows_view& x, const expert_weights& w, const rows_view& gate,
+                   const rows_view& up, const rows_view& out) {
+  if (packed_of(w.gate) == nullptr || packed_of(w.up) == nullptr || packed_of(w.down) == nullptr) {
+    return cpu_ops::mlp(x, w, gate, up, out);
+  }
+  own_tasks_.clear();
+  for (std::int32_t m = 0; m < x.num_rows; ++m) {
+    own_tasks_.push_back({m, 0});
+  }
+  experts(x, own_tasks_, {&w, 1}, out);
 }
 
 void fast_ops::experts_one_by_one(const rows_view& x, std::span<const expert_task> tasks,
@@ -384,6 +501,13 @@ void fast_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
   float* gates = gates_.take(num_tasks * width);
   list_items(tasks,
              [&](std::int32_t e) -> const packed_weight& { return *packed_of(experts[e].gate); });
+  // Rounding to bf16 takes no more than the element, and so no waiting for the rest of the row.
+  const bool by_element = down_like->kind != packed_kind::i8;
+  fast_rows inner;
+  if (by_element) {
+    inner = take_rows(num_tasks, *down_like, inner_);
+  }
+  std::uint16_t* halves = inner_.halves.take(0);
   run_items([&](const expert_item& item, std::int32_t thread) {
     const expert_weights& expert = experts[item.expert];
     const std::int32_t first = item.first_panel * kPackedColumns;
@@ -406,10 +530,17 @@ void fast_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
     for (std::int32_t t = 0; t < item.num_tasks; ++t) {
       float* gate = gates + (item.first_task + t) * width + first;
       kernels().swiglu(gate, ups + t * columns, count, gate);
+      if (by_element) {
+        const std::int32_t depth =
+          first + columns >= in_like->num_rows ? down_like->depth - first : columns;
+        fast_->round_row(gate, count, depth, halves + (item.first_task + t) * inner.stride + first);
+      }
     }
   });
-  const fast_rows inner =
-    round_rows(num_tasks, *down_like, inner_, [&](std::int32_t t) { return gates + t * width; });
+  if (!by_element) {
+    inner =
+      round_rows(num_tasks, *down_like, inner_, [&](std::int32_t t) { return gates + t * width; });
+  }
   for (std::int32_t t = 0; t < num_tasks; ++t) {
     task_rows[t] = t;
   }

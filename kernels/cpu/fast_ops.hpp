@@ -22,6 +22,9 @@ public:
   element_type kv_type() const override { return element_type::bf16; }
   weight_matrix place(const weight_matrix& weight, weight_use use) override;
   void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
+  void linears(const rows_view& x, std::span<const linear_part> parts) override;
+  void mlp(const rows_view& x, const expert_weights& w, const rows_view& gate, const rows_view& up,
+           const rows_view& out) override;
   void linear_per_head(const rows_view& x, std::int32_t x_head_stride, const weight_matrix& w,
                        std::int32_t num_heads, const rows_view& out,
                        std::int32_t out_head_stride) override;
@@ -54,6 +57,14 @@ private:
     std::int32_t length; ///< positions that the last of them to end sees
   };
 
+  /// How the product of one weight is cut into items.
+  struct product_cut {
+    fast_args args;
+    std::int32_t unit;       ///< panels that stay together
+    std::int32_t cuts;       ///< of the panels
+    std::int32_t row_blocks; ///< of the rows
+  };
+
   /// Rows of one expert times some of its panels.
   struct expert_item {
     std::int32_t expert;
@@ -79,6 +90,12 @@ private:
     scratch<unsigned char> attention;
   };
 
+  /// The weight rounded to 8 bit by row and group; codes and scales are room for it.
+  weight_matrix narrow(const weight_matrix& weight, std::int8_t* codes, float* scales);
+  /// False if the weight has no packed form, or there is not that much memory.
+  bool pack(const weight_matrix& weight, packed_weight& packed);
+  /// Room for rounded rows.
+  fast_rows take_rows(std::int32_t num_rows, const packed_weight& w, row_memory& memory);
   /// Rounds rows for products with `w`; row(m) says where each lies.
   template <class Row>
   fast_rows round_rows(std::int32_t num_rows, const packed_weight& w, row_memory& memory,
@@ -87,7 +104,8 @@ private:
   /// w.num_cols elements that lie segment_stride apart.
   rows_view rounded(const rows_view& x, const weight_matrix& w, std::int32_t num_segments,
                     std::int32_t segment_stride);
-  void multiply(const fast_args& args);
+  void multiply(std::span<const fast_args> products);
+  void multiply(const product_cut& cut, std::int32_t item, std::int32_t thread);
   void experts_one_by_one(const rows_view& x, std::span<const expert_task> tasks,
                           std::span<const expert_weights> experts, const rows_view& out);
   template <class Weight>
@@ -100,7 +118,7 @@ private:
   void pack_row(const attention_call& call, std::int32_t row, std::int32_t first_head,
                 std::uint16_t* out);
   void attend_by_tile(const attention_call& call);
-  void attend_by_block(const attention_call& call);
+  void attend_together(const attention_call& call);
   void attend_emulated(const attention_call& call);
 
   const fast_table* fast_;
@@ -109,9 +127,12 @@ private:
   std::vector<thread_memory> memory_;
   std::vector<expert_item> items_;
   std::vector<attention_tile> tiles_;
+  std::vector<product_cut> cuts_;
+  std::vector<expert_task> own_tasks_; // of `mlp`
+  scratch<std::int32_t> head_rows_;
   scratch<std::uint16_t> queries_;
+  scratch<float> scores_;
   scratch<float> parts_;
-  scratch<float> blocks_;
   row_memory input_;
   row_memory inner_;
   scratch<float> rounded_;

@@ -11,8 +11,11 @@ namespace troupe::kernels::cpu {
 
 namespace {
 
-/// Parts of blocks that are kept until they are merged; bounds memory for long sequences.
-constexpr std::int32_t kMostParts = 64;
+/// Positions of one item where threads share a row, a multiple of 8.
+constexpr std::int32_t kScorePositions = 32;
+
+/// Panels of values of one item there: even, and enough to make up for softening scores again.
+constexpr std::int32_t kValuePanelsOfItem = 8;
 
 /// Rows whose keys are worth writing on several threads.
 constexpr std::int64_t kAppendWork = 1 << 3;
@@ -73,7 +76,6 @@ void fast_ops::latent_attention(const rows_view& q_latent, const rows_view& q_ro
   }
   const std::int32_t panels = ceil_div(num_heads, kAttentionHeads);
   tiles_.clear();
-  std::int64_t blocks = 0;
   for (std::int32_t m = 0; m < q_latent.num_rows; ++m) {
     const std::int32_t length = batch.positions[m] + 1;
     const bool joins = !tiles_.empty() && tiles_.back().count < kAttentionTileRows
@@ -84,13 +86,12 @@ void fast_ops::latent_attention(const rows_view& q_latent, const rows_view& q_ro
     } else {
       tiles_.push_back({m, 1, length});
     }
-    blocks += ceil_div(length, kAttentionBlock);
   }
   const std::int64_t tasks = static_cast<std::int64_t>(tiles_.size()) * panels;
-  if (tasks >= 2 * pool().size() || pool().size() == 1 || blocks * panels <= 1) {
+  if (tasks >= 2 * pool().size() || pool().size() == 1) {
     attend_by_tile(call);
   } else {
-    attend_by_block(call);
+    attend_together(call);
   }
 }
 
@@ -140,50 +141,63 @@ void fast_ops::attend_by_tile(const attention_call& call) {
       clear_part(args.parts[r], latent_dim);
     }
     for (std::int32_t position = 0; position < tile.length; position += kAttentionBlock) {
-      fast_->attend_block(args, position, false, scratch);
+      fast_->attend_block(args, position, scratch);
       tick();
     }
     for (std::int32_t r = 0; r < tile.count; ++r) {
-      fast_->finish_part(args.parts[r], args.num_heads, latent_dim,
+      fast_->finish_part(args.parts[r] + kPartHead, args.parts[r] + kAttentionHeads, args.num_heads,
+                         latent_dim, 0, latent_dim / kAttentionHeads,
                          row_of(call.out, tile.first + r) + std::int64_t{first_head} * latent_dim);
     }
   });
 }
 
-/// Threads share the blocks of few rows, whose parts are merged in order afterwards.
-void fast_ops::attend_by_block(const attention_call& call) {
+/// Threads share the positions of each row, then its values.
+void fast_ops::attend_together(const attention_call& call) {
   const std::int32_t latent_dim = call.kv.latent_dim;
   const std::int64_t query_size = (std::int64_t{latent_dim} + call.kv.rope_dim) * kAttentionHeads;
-  const std::int64_t part_size = part_floats(latent_dim);
   const std::int32_t panels = ceil_div(call.num_heads, kAttentionHeads);
+  const std::int32_t value_panels = latent_dim / 16;
   std::uint16_t* queries = queries_.take(query_size);
-  float* part = parts_.take(part_size);
-  float* blocks = blocks_.take(part_size * kMostParts);
+  float* part = parts_.take(part_floats(latent_dim));
   for (std::int32_t task = 0; task < call.q_latent.num_rows * panels; ++task) {
     const std::int32_t row = task / panels;
     const std::int32_t first_head = task % panels * kAttentionHeads;
     fast_attention_args args = attention_of(call, row, first_head);
+    const std::int32_t length = call.batch.positions[row] + 1;
     args.num_rows = 1;
     args.queries[0] = queries;
-    args.lengths[0] = call.batch.positions[row] + 1;
+    args.parts[0] = part;
+    args.lengths[0] = length;
     pack_row(call, row, first_head, queries);
-    clear_part(part, latent_dim);
-    const std::int32_t num_blocks = ceil_div(args.lengths[0], kAttentionBlock);
-    for (std::int32_t first = 0; first < num_blocks; first += kMostParts) {
-      const std::int32_t count = std::min(kMostParts, num_blocks - first);
-      pool().run(count, [&](std::int32_t i, std::int32_t thread) {
-        fast_attention_args own = args;
-        own.parts[0] = blocks + i * part_size;
-        fast_->attend_block(own, (first + i) * kAttentionBlock, true,
-                            memory_[thread].attention.take(attend_scratch(latent_dim)));
-        tick();
+    float* scores = scores_.take(std::int64_t{length + kScorePositions} * kAttentionHeads);
+    pool().run(ceil_div(length, kScorePositions), [&](std::int32_t i, std::int32_t) {
+      const std::int32_t first = i * kScorePositions;
+      fast_->score_positions(args, first, std::min(kScorePositions, length - first),
+                             scores + std::int64_t{first} * kAttentionHeads);
+      tick();
+    });
+    pool().run(
+      ceil_div(value_panels, kValuePanelsOfItem), [&](std::int32_t i, std::int32_t thread) {
+        const std::int32_t first = i * kValuePanelsOfItem;
+        const std::int32_t last = std::min(value_panels, first + kValuePanelsOfItem);
+        alignas(64) float state[2 * kAttentionHeads];
+        std::fill_n(state, kAttentionHeads, -std::numeric_limits<float>::infinity());
+        std::fill_n(state + kAttentionHeads, kAttentionHeads, 0.0F);
+        for (std::int32_t h = 0; h < kAttentionHeads; ++h) {
+          std::fill_n(part + kPartHead + std::int64_t{h} * latent_dim + first * 16,
+                      (last - first) * 16, 0.0F);
+        }
+        unsigned char* scratch = memory_[thread].attention.take(attend_scratch(latent_dim));
+        for (std::int32_t position = 0; position < length; position += kAttentionBlock) {
+          fast_->attend_panels(args, position, scores + std::int64_t{position} * kAttentionHeads,
+                               first, last, state, scratch);
+          tick();
+        }
+        fast_->finish_part(part + kPartHead, state + kAttentionHeads, args.num_heads, latent_dim,
+                           first, last,
+                           row_of(call.out, row) + std::int64_t{first_head} * latent_dim);
       });
-      for (std::int32_t i = 0; i < count; ++i) {
-        fast_->merge_part(blocks + i * part_size, args.num_heads, latent_dim, part);
-      }
-    }
-    fast_->finish_part(part, args.num_heads, latent_dim,
-                       row_of(call.out, row) + std::int64_t{first_head} * latent_dim);
   }
 }
 

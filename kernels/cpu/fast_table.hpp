@@ -33,7 +33,7 @@ struct fast_args {
 inline constexpr std::int64_t kMultiplyScratch = 4 * kLargestGroup * kPackedColumns * 2;
 
 /// Positions that are worked on together, counted from the beginning of a sequence.
-inline constexpr std::int32_t kAttentionBlock = 64;
+inline constexpr std::int32_t kAttentionBlock = 128;
 
 /// Heads of a panel of queries.
 inline constexpr std::int32_t kAttentionHeads = 16;
@@ -52,8 +52,8 @@ constexpr std::int64_t part_floats(std::int32_t latent_dim) {
 
 /// Bytes of scratch that `fast_table::attend_block` needs, aligned to 64.
 constexpr std::int64_t attend_scratch(std::int32_t latent_dim) {
-  return std::int64_t{kAttentionBlock} * latent_dim * 2 + kAttentionBlock * kAttentionHeads * 2
-         + std::int64_t{kAttentionTileRows} * kAttentionBlock * kAttentionHeads * 4;
+  return std::int64_t{kAttentionBlock} * latent_dim * 2
+         + std::int64_t{kAttentionTileRows} * kAttentionBlock * kAttentionHeads * (2 + 4);
 }
 
 /// Sixteen heads of some rows of one sequence; latent_dim is a multiple of 16, rope_dim even.
@@ -93,17 +93,25 @@ struct fast_table {
                        std::int32_t rope_dim, std::uint16_t* out);
 
   /// Merges the block of positions that begins at `position` into the parts of all rows that see
-  /// any of it; where `alone`, parts become those of this block.
-  void (*attend_block)(const fast_attention_args& args, std::int32_t position, bool alone,
+  /// any of it.
+  void (*attend_block)(const fast_attention_args& args, std::int32_t position,
                        unsigned char* scratch);
 
-  /// Merges the part of a block that was computed alone, as attend_block would have.
-  void (*merge_part)(const float* block, std::int32_t num_heads, std::int32_t latent_dim,
-                     float* part);
+  /// The same for one row in two steps, so that threads can share it, with the same bits: scores
+  /// [count][16] of any positions, rounded up to 8 of them, ...
+  void (*score_positions)(const fast_attention_args& args, std::int32_t first, std::int32_t count,
+                          float* scores);
 
-  /// out[head][latent_dim] = weighted values / sum of weights.
-  void (*finish_part)(const float* part, std::int32_t num_heads, std::int32_t latent_dim,
-                      float* out);
+  /// ... and from those of a block the panels first..last-1 of the values; `first` is even. State
+  /// is of the caller: the largest scores and the sums [2][16], -infinity and 0 before the first
+  /// block.
+  void (*attend_panels)(const fast_attention_args& args, std::int32_t position, const float* scores,
+                        std::int32_t first, std::int32_t last, float* state,
+                        unsigned char* scratch);
+
+  /// out[head][latent_dim] = weighted values / sum of weights, of the panels first..last-1.
+  void (*finish_part)(const float* values, const float* sums, std::int32_t num_heads,
+                      std::int32_t latent_dim, std::int32_t first, std::int32_t last, float* out);
 
   /// `rounds` times kPeakSums instructions of 32 products of bf16, or of 64 products of bytes,
   /// for measuring how fast that can be; returns what came out.

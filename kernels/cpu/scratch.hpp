@@ -5,7 +5,22 @@
 #include <memory>
 #include <new>
 
+#include <sys/mman.h>
+
 namespace troupe::kernels::cpu {
+
+/// Memory for std::free, aligned to 64 bytes; in large pages, where the system has them and it is
+/// worth it. Null if there is not that much.
+inline void* allocate_aligned(std::size_t bytes) {
+  constexpr std::size_t large_page = std::size_t{1} << 21;
+  const std::size_t unit = bytes >= large_page ? large_page : 64;
+  bytes = (bytes < 1 ? unit : (bytes + unit - 1) / unit * unit);
+  void* memory = std::aligned_alloc(unit, bytes);
+  if (memory != nullptr && unit == large_page) {
+    ::madvise(memory, bytes, MADV_HUGEPAGE); // without, it is slower but right
+  }
+  return memory;
+}
 
 /// Memory that grows to the largest size ever asked for and is kept, so that steady
 /// work allocates nothing. Contents do not survive growth.
@@ -16,10 +31,9 @@ public:
   T* take(std::int64_t count) {
     if (count > capacity_) {
       const std::int64_t bigger = count > capacity_ * 3 / 2 ? count : capacity_ * 3 / 2;
-      const std::size_t bytes = (static_cast<std::size_t>(bigger) * sizeof(T) + 63) / 64 * 64;
       data_.reset();
       capacity_ = 0;
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+      data_.reset(static_cast<T*>(allocate_aligned(static_cast<std::size_t>(bigger) * sizeof(T))));
       if (data_ == nullptr) {
         throw std::bad_alloc();
       }

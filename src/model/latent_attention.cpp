@@ -96,8 +96,8 @@ expected<void> latent_attention::read_layer(weight_store& store, std::int32_t in
                               c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank);
   if (in.ok()) {
     auto parts = split(kv_b, c);
-    out.w_uk = in.keep(std::move(parts.keys), c.qk_nope_head_dim);
-    out.w_uv = in.keep(std::move(parts.values), c.kv_lora_rank);
+    out.w_uk = in.keep(std::move(parts.keys), c.qk_nope_head_dim, wide_product_use(c));
+    out.w_uv = in.keep(std::move(parts.values), c.kv_lora_rank, wide_product_use(c));
   }
   in.read(out.o, prefix + "o_proj.weight", hidden, c.num_heads * c.v_head_dim);
   if (c.o_bias) {
@@ -119,11 +119,18 @@ void latent_attention::rotate(const rows_view& x, std::int32_t num_heads, std::i
                      rope_.magnitude);
 }
 
-void latent_attention::project_kv(const layer_weights& w, const rows_view& x,
-                                  const kernels::batch_view& batch,
-                                  const kernels::kv_layer_view& kv) {
-  const auto kv_a = kv_a_.view(x.num_rows);
-  ops_.linear(x, w.kv_a, kv_a);
+void latent_attention::project_input(const layer_weights& w, const rows_view& x,
+                                     const rows_view& q) {
+  const bool ranked = config_.q_lora_rank > 0;
+  const kernels::linear_part parts[] = {{w.kv_a, kv_a_.view(x.num_rows)},
+                                        ranked ? kernels::linear_part{w.q_a, q_a_.view(x.num_rows)}
+                                               : kernels::linear_part{w.q_b, q}};
+  ops_.linears(x, parts);
+}
+
+void latent_attention::store_kv(const layer_weights& w, const rows_view& kv_a,
+                                const kernels::batch_view& batch,
+                                const kernels::kv_layer_view& kv) {
   if (w.kv_a_bias != nullptr)
     ops_.add_bias(kv_a, w.kv_a_bias);
   const auto latent = slice_cols(kv_a, type_, 0, kv.latent_dim);
@@ -133,11 +140,10 @@ void latent_attention::project_kv(const layer_weights& w, const rows_view& x,
   ops_.append_kv(latent, rope_key, batch, kv);
 }
 
-void latent_attention::project_q(const layer_weights& w, const rows_view& x, const rows_view& q) {
+void latent_attention::expand_q(const layer_weights& w, const rows_view& q) {
   if (config_.q_lora_rank == 0)
-    return ops_.linear(x, w.q_b, q);
-  const auto q_a = q_a_.view(x.num_rows);
-  ops_.linear(x, w.q_a, q_a);
+    return;
+  const auto q_a = q_a_.view(q.num_rows);
   if (w.q_a_bias != nullptr)
     ops_.add_bias(q_a, w.q_a_bias);
   ops_.rms_norm(q_a, w.q_a_norm, config_.rms_norm_eps, q_a);
@@ -156,10 +162,11 @@ void latent_attention::compute(std::int32_t layer, const rows_view& x,
   const auto v = config_.v_head_dim;
   const kernels::kv_layer_view kv{pages.data, pages.num_pages, pages.page_tokens, latent,
                                   config_.qk_rope_head_dim};
-  // All keys first: a row attends to rows of its own micro-batch.
-  project_kv(w, x, batch, kv);
   const auto q = q_.view(num_rows);
-  project_q(w, x, q);
+  project_input(w, x, q);
+  // All keys first: a row attends to rows of its own micro-batch.
+  store_kv(w, kv_a_.view(num_rows), batch, kv);
+  expand_q(w, q);
   rotate(q, heads, head_dim, nope, batch.positions);
   const auto attended = attended_.view(num_rows);
   for (std::int32_t first = 0; first < num_rows; first += kRowsAtOnce) {

@@ -47,9 +47,12 @@ private:
   expected<void> read_layer(weight_store& store, std::int32_t index);
   void rotate(const kernels::rows_view& x, std::int32_t num_heads, std::int32_t head_stride,
               std::int32_t offset, std::span<const std::int32_t> positions);
-  void project_kv(const layer_weights& w, const kernels::rows_view& x,
-                  const kernels::batch_view& batch, const kernels::kv_layer_view& kv);
-  void project_q(const layer_weights& w, const kernels::rows_view& x, const kernels::rows_view& q);
+  /// The products of x: kv_a, and q_a or where there is none q.
+  void project_input(const layer_weights& w, const kernels::rows_view& x,
+                     const kernels::rows_view& q);
+  void store_kv(const layer_weights& w, const kernels::rows_view& kv_a,
+                const kernels::batch_view& batch, const kernels::kv_layer_view& kv);
+  void expand_q(const layer_weights& w, const kernels::rows_view& q);
 
   model_config config_;
   kernels::ops& ops_;

@@ -114,7 +114,7 @@ void stage_model::draw_drafts(const draft_input& input, std::int32_t depth,
     const auto normed = normed_.view(static_cast<std::int32_t>(size));
     const auto logits = logits_.view(static_cast<std::int32_t>(size));
     norm_rows(hidden, std::span(d.rows).subspan(first, size), weights_.mtp->head_norm, normed);
-    ops_.linear(normed, *weights_.head, logits);
+    ops_.logits(normed, *weights_.head, logits);
     ops_.sample(logits, std::span(d.params).subspan(first, size),
                 std::span(d.drawn).subspan(first, size));
   }

@@ -256,10 +256,7 @@ void stage_model::compute_mlp(const kernels::expert_weights& w, const rows_view&
   const auto width = w.gate.num_rows;
   const auto gate = slice_cols(gate_.view(x.num_rows), type_, 0, width);
   const auto up = slice_cols(up_.view(x.num_rows), type_, 0, width);
-  ops_.linear(x, w.gate, gate);
-  ops_.linear(x, w.up, up);
-  ops_.swiglu(gate, up, gate);
-  ops_.linear(gate, w.down, out);
+  ops_.mlp(x, w, gate, up, out);
 }
 
 expected<void> stage_model::mix_experts(std::int32_t layer, const moe_weights& w,

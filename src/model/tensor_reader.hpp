@@ -56,8 +56,9 @@ public:
   }
 
   /// The same for a weight of rows of num_cols values; empty after an error.
-  kernels::weight_matrix keep(std::vector<float> made, std::int32_t num_cols) {
-    return status_ ? store_.keep(std::move(made), num_cols) : kernels::weight_matrix{};
+  kernels::weight_matrix keep(std::vector<float> made, std::int32_t num_cols,
+                              kernels::weight_use use = kernels::weight_use::product) {
+    return status_ ? store_.keep(std::move(made), num_cols, use) : kernels::weight_matrix{};
   }
 
   bool ok() const { return status_.has_value(); }

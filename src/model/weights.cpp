@@ -1,6 +1,7 @@
 #include "troupe/model/weights.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -84,6 +85,13 @@ void list_layer(const model_config& config, const model_part& part, std::int32_t
     for (auto expert = part.first_expert; expert < part.end_expert; ++expert)
       list_mlp(fmt::format("{}mlp.experts.{}.", layer, expert), hidden,
                config.moe_intermediate_size, out);
+}
+
+/// True if bf16 holds every value.
+bool fits_bf16(const std::vector<float>& values) {
+  return std::all_of(values.begin(), values.end(), [](float value) {
+    return (std::bit_cast<std::uint32_t>(value) & 0xFFFFU) == 0;
+  });
 }
 
 } // namespace
@@ -198,13 +206,27 @@ const float* weight_store::keep(std::vector<float> values) {
   return static_cast<const float*>(ops_.place(as_row, kernels::weight_use::stored).data);
 }
 
-kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_t num_cols) {
-  floats_.push_back(std::move(values));
+kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_t num_cols,
+                                          kernels::weight_use use) {
   kernels::weight_matrix result;
-  result.data = floats_.back().data();
-  result.num_rows = static_cast<std::int32_t>(floats_.back().size()) / num_cols;
+  result.num_rows = static_cast<std::int32_t>(values.size()) / num_cols;
   result.num_cols = num_cols;
-  return ops_.place(result);
+  if (fits_bf16(values)) { // as what is made of a bf16 checkpoint: half the memory to read
+    auto& kept = halves_.emplace_back(values.size());
+    std::transform(values.begin(), values.end(), kept.begin(), [](float value) {
+      return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+    });
+    result.data = kept.data();
+    result.type = kernels::element_type::bf16;
+  } else {
+    floats_.push_back(std::move(values));
+    result.data = floats_.back().data();
+  }
+  return ops_.place(result, use);
+}
+
+kernels::weight_use wide_product_use(const model_config& config) {
+  return config.int8 ? kernels::weight_use::narrow_product : kernels::weight_use::product;
 }
 
 expected<kernels::expert_weights> load_mlp(weight_store& store, const std::string& prefix,

@@ -40,6 +40,10 @@ struct tensor_spec {
 /// see stored_weight.hpp for what may stand in their place.
 std::vector<tensor_spec> list_tensors(const model_config& config, const model_part& part);
 
+/// The use of products that a checkpoint leaves in wider numbers than its other weights: the head,
+/// and what is made of kv_b.
+kernels::weight_use wide_product_use(const model_config& config);
+
 struct part_size {
   std::size_t num_tensors = 0;
   std::uint64_t num_bytes = 0; ///< as stored, scales included
@@ -76,13 +80,15 @@ public:
   const float* keep(std::vector<float> values);
 
   /// The same for a weight of rows of num_cols values.
-  kernels::weight_matrix keep(std::vector<float> values, std::int32_t num_cols);
+  kernels::weight_matrix keep(std::vector<float> values, std::int32_t num_cols,
+                              kernels::weight_use use = kernels::weight_use::product);
 
 private:
   std::shared_ptr<tensor_source> source_;
   model_config config_;
   kernels::ops& ops_;
   std::vector<std::vector<float>> floats_;
+  std::vector<std::vector<std::uint16_t>> halves_;
   std::vector<stored_weight> kept_;
 };
 
