@@ -91,8 +91,8 @@ finding judge_memory(const drill_outcome& outcome) {
   double worst_memory = 0, worst_fds = 0;
   std::size_t judged = 0;
   for (const auto& p : outcome.processes) {
-    const auto kept = settled(p, p.private_kib);
-    const auto memory = growth(kept), fds = growth(settled(p, p.fds));
+    const auto kept = settled(p.private_kib);
+    const auto memory = growth(kept), fds = growth(settled(p.fds));
     if (!memory || !fds)
       continue;
     ++judged;

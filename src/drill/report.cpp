@@ -210,8 +210,8 @@ std::string to_line(const drill_outcome& o) {
   }
   double grown_kib = 0, grown_fds = 0;
   for (const auto& p : o.processes) {
-    grown_kib = std::max(grown_kib, growth(settled(p, p.private_kib)).value_or(0));
-    grown_fds = std::max(grown_fds, growth(settled(p, p.fds)).value_or(0));
+    grown_kib = std::max(grown_kib, growth(settled(p.private_kib)).value_or(0));
+    grown_fds = std::max(grown_fds, growth(settled(p.fds)).value_or(0));
   }
   const auto& c = o.clients;
   return fmt::format("{} for {:.1f} min, {} streams, seed {}: {} faults of {} kinds; {} "

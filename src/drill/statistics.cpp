@@ -59,9 +59,9 @@ double histogram::percentile(double p) const {
   return max_;
 }
 
-std::span<const double> settled(const process_series& whose, const std::vector<double>& series) {
+std::span<const double> settled(const std::vector<double>& series) {
   constexpr std::size_t warm_up = 60;
-  return std::span(series).subspan(whose.pid == 0 ? 0 : std::min(warm_up, series.size()));
+  return std::span(series).subspan(std::min(warm_up, series.size()));
 }
 
 std::optional<double> growth(std::span<const double> series) {

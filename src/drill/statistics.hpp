@@ -52,8 +52,8 @@ struct process_series {
 std::optional<double> growth(std::span<const double> series);
 
 /// The part of a series that growth is judged by. A process warms up: it keeps buffers of every
-/// size that it has come to need, up to a bound, so its first samples are left out. One that is
-/// replaced before shows in the sum over all processes, which keeps its samples.
-std::span<const double> settled(const process_series& whose, const std::vector<double>& series);
+/// size that it has come to need, up to a bound, so its first samples are left out, and those of
+/// the cluster as a whole. A process that is replaced before shows in the sum over all.
+std::span<const double> settled(const std::vector<double>& series);
 
 } // namespace troupe::drill

@@ -285,8 +285,8 @@ TEST_CASE("the verdict finds growth of processes") {
     s.private_kib.push_back(std::min(i, 50) * 2'000.0 + i);
     s.fds.push_back(50 + std::min(i, 30));
   }
-  for (int i = 0; i < 20; ++i) {
-    all.private_kib.push_back(400'000 + 100 * i);
+  for (int i = 0; i < 100; ++i) {
+    all.private_kib.push_back(400'000 + 10'000 * std::min(i, 50) + 10 * i);
     all.fds.push_back(500);
   }
   const auto judged = [&](auto&& change) {
@@ -304,11 +304,11 @@ TEST_CASE("the verdict finds growth of processes") {
       p[1].private_kib[i] = 100'000 + 2'000 * static_cast<double>(i);
   }));
   CHECK_FALSE(judged([](auto& p) {
-    for (std::size_t i = 0; i < 20; ++i)
+    for (std::size_t i = 0; i < 100; ++i)
       p[0].private_kib[i] = 400'000 + 8'000 * static_cast<double>(i);
   }));
   CHECK_FALSE(judged([](auto& p) {
-    for (std::size_t i = 0; i < 20; ++i)
+    for (std::size_t i = 0; i < 100; ++i)
       p[0].fds[i] = 500 + 5 * static_cast<double>(i);
   }));
   // A process of an age at which it still warms up says nothing.
