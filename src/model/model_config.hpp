@@ -67,7 +67,7 @@ struct model_config {
   std::string model_type;
   std::int32_t vocab_size = 0;
   std::int32_t hidden_size = 0;
-  std::int32_t num_layers = 0; ///< without the MTP layers behind them
+  std::int32_t num_layers = 0;     ///< without the MTP layers behind them
   std::int32_t num_mtp_layers = 0; ///< the first of them drafts; see stage_model::draft
   std::int32_t max_positions = 0;
   float rms_norm_eps = 1e-6F;
