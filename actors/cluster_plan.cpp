@@ -5,10 +5,10 @@
 #include "troupe/model/model_tokenizer.hpp"
 #include "troupe/model/tensor_source.hpp"
 #include "troupe/model/weights.hpp"
+#include "troupe/placement/core_shares.hpp"
 
 #include <algorithm>
 #include <map>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -51,46 +51,6 @@ std::uint64_t weight_bytes(const placement::actor& actor, const placement::model
           shape.routed_experts_cost / shape.num_experts * (actor.end_expert - actor.first_expert);
   }
   return weights * static_cast<std::uint64_t>(weight_bits) / 8;
-}
-
-/// Workers of kind cpu share the cores of their host. Stages of a replica there take turns with all
-/// of its cores rather than compute side by side with a part of them each: their rows then stay
-/// together, and weights are read once for all of them. Replicas, and expert groups, do compute at
-/// the same time. So there are as many micro-batches of decodes as hosts with stages, a GPU
-/// counting as one.
-void share_cores(proto::ClusterPlan& plan, const config::cluster_config& cluster,
-                 const placement::plan& placed, std::uint32_t cores) {
-  std::map<std::string, std::string> host_of; // of a node
-  for (const auto& node : cluster.nodes)
-    host_of[node.name] = node.host;
-  std::map<std::string, std::set<std::uint32_t>> replicas;          // with stages on a host
-  std::map<std::string, std::uint32_t> groups;                      // on a host
-  std::map<std::uint32_t, std::set<std::string>> places_of_replica; // that compute its stages
-  for (const auto& worker : placed.workers) {
-    const auto& host = host_of[worker.node];
-    bool is_cpu = worker.device.starts_with("cpu");
-    bool has_group = false;
-    for (const auto& actor : worker.actors) {
-      if (actor.kind == placement::actor_kind::stage) {
-        replicas[host].insert(actor.replica);
-        places_of_replica[actor.replica].insert(is_cpu ? host : worker.name);
-      } else {
-        has_group = true;
-      }
-    }
-    groups[host] += has_group ? 1 : 0;
-  }
-  std::uint32_t most_replicas = 1, most_groups = 1, places = 1;
-  for (const auto& [host, here] : replicas)
-    most_replicas = std::max(most_replicas, static_cast<std::uint32_t>(here.size()));
-  for (const auto& [host, count] : groups)
-    most_groups = std::max(most_groups, count);
-  for (const auto& [replica, where] : places_of_replica)
-    places = std::max(places, static_cast<std::uint32_t>(where.size()));
-  auto wanted = cluster.serving.threads;
-  plan.set_compute_threads(wanted != 0 ? wanted : std::max(1U, cores / most_replicas));
-  plan.set_expert_threads(wanted != 0 ? wanted : std::max(1U, cores / most_groups));
-  plan.set_decode_micro_batches(places);
 }
 
 std::uint64_t mlp_size(std::int32_t hidden, std::int32_t intermediate) {
@@ -166,7 +126,10 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   plan.set_draft_tokens(serving.draft_tokens);
   bool is_local = cluster.network.bind.starts_with("127.") || cluster.network.bind == "::1";
   plan.set_transport_interface(is_local ? "lo" : "");
-  share_cores(plan, cluster, *placed, std::max(1U, std::thread::hardware_concurrency()));
+  auto shares = placement::share_cores(cluster, *placed, std::thread::hardware_concurrency());
+  plan.set_compute_threads(shares.stage_threads);
+  plan.set_expert_threads(shares.expert_threads);
+  plan.set_decode_micro_batches(shares.decode_micro_batches);
   // Every device has a worker in the plan; those without actors are spares.
   std::map<std::string, const placement::worker*> by_name;
   for (const auto& worker : placed->workers)
