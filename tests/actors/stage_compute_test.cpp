@@ -5,6 +5,8 @@
 #include "troupe/actors/worker_parts.hpp"
 #include "troupe/base/fault_point.hpp"
 
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <chrono>
@@ -143,7 +145,7 @@ public:
   }
 
 private:
-  model::test::scratch_directory model_;
+  testing::temporary_directory model_;
   memory::segment kv_ = std::move(*memory::segment::create("troupe-test", kv_bytes));
   std::unique_ptr<memory::pulse> pulse_ = std::move(*memory::pulse::start(-1, 20ms));
   proto::WorkerAssignment assignment_;

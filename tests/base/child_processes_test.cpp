@@ -1,6 +1,8 @@
 #include "troupe/base/child_processes.hpp"
 #include "troupe/base/startup_report.hpp"
 
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <condition_variable>
@@ -184,14 +186,12 @@ TEST_CASE("a child is started though the directory of its log is gone, or cannot
   exits seen;
   auto children = child_processes::start(seen.callback());
   REQUIRE(children);
-  auto directory =
-    std::filesystem::temp_directory_path() / ("troupe-test-log-" + std::to_string(::getpid()));
+  const testing::temporary_directory directory;
   auto spec = shell("tidied", "echo here");
-  spec.log_path = (directory / "deep" / "a.log").string();
+  spec.log_path = (directory.path() / "deep" / "a.log").string();
   REQUIRE((*children)->spawn(spec));
   CHECK(seen.wait("tidied").text() == "exited with code 0");
   CHECK(std::filesystem::file_size(spec.log_path) == 5);
-  std::filesystem::remove_all(directory);
   spec = shell("impossible", "exit 0");
   spec.log_path = "/proc/nowhere/a.log";
   REQUIRE((*children)->spawn(spec));

@@ -1,3 +1,5 @@
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <algorithm>
@@ -54,20 +56,6 @@ void check_refusals(const std::vector<refusal>& table) {
     CHECK(found.front() == row.problem);
   }
 }
-
-struct scratch_folder {
-  fs::path path;
-  scratch_folder() {
-    std::string name = (fs::temp_directory_path() / "troupe-config-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  ~scratch_folder() { fs::remove_all(path); }
-  fs::path write(const std::string& name, const std::string& text) const {
-    std::ofstream(path / name, std::ios::binary) << text;
-    return path / name;
-  }
-};
 
 } // namespace
 
@@ -516,8 +504,8 @@ TEST_CASE("settings that are wrong are reported as they were written") {
 }
 
 TEST_CASE("model paths are looked up beside the file, then in the current directory") {
-  const scratch_folder folder;
-  fs::create_directories(folder.path / "beside");
+  const troupe::testing::temporary_directory folder;
+  fs::create_directories(folder.path() / "beside");
   const auto file = folder.write("c.yaml", "model: {path: beside/}\n");
   auto loaded = config::load(file);
   REQUIRE(loaded);
@@ -536,7 +524,7 @@ TEST_CASE("model paths are looked up beside the file, then in the current direct
   CHECK(problems_of(config::load(file))
         == std::vector<std::string>{
           file.string() + ":1:15: model.path: there is no directory \"absent\" (looked for \""
-          + (folder.path / "absent").string() + "\" and \""
+          + (folder.path() / "absent").string() + "\" and \""
           + (fs::current_path() / "absent").string()
           + "\"); name the directory that holds config.json"});
   folder.write("c.yaml", "model: {path: c.yaml}\n");
@@ -544,13 +532,13 @@ TEST_CASE("model paths are looked up beside the file, then in the current direct
 }
 
 TEST_CASE("files that cannot be read") {
-  const scratch_folder folder;
-  CHECK(problems_of(config::load(folder.path / "none.yaml"))
-        == std::vector<std::string>{(folder.path / "none.yaml").string()
+  const troupe::testing::temporary_directory folder;
+  CHECK(problems_of(config::load(folder.path() / "none.yaml"))
+        == std::vector<std::string>{(folder.path() / "none.yaml").string()
                                     + ": there is no such file; name a cluster file, such as "
                                       "configs/local.yaml"});
-  CHECK(problems_of(config::load(folder.path))
-        == std::vector<std::string>{folder.path.string()
+  CHECK(problems_of(config::load(folder.path()))
+        == std::vector<std::string>{folder.path().string()
                                     + ": is a directory; name a cluster file in it, such as "
                                       "local.yaml"});
   CHECK(

@@ -1,6 +1,7 @@
 #include "troupe/http/answer_replay.hpp"
 
 #include "openai_fixture.hpp"
+#include "temporary_directory.hpp"
 
 #include <catch2/catch.hpp>
 
@@ -34,14 +35,13 @@ const std::string only_without_content =
 class family {
 public:
   explicit family(const std::string& name) : served_(mini_model()) {
-    const auto dir = std::filesystem::path(TROUPE_BINARY_DIR) / "openai_tools_test" / name;
-    std::filesystem::create_directories(dir);
-    std::ofstream(dir / "chat_template.jinja")
-      << (name == "only_without_content" ? only_without_content
-          : name == "dated"              ? "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
-                                         : read_text(data_dir + "templates/" + name + ".jinja"));
-    std::ofstream(dir / "tokenizer_config.json") << R"({"bos_token": "<bos>"})";
-    auto loaded = model::chat_renderer::load(dir);
+    const testing::temporary_directory dir;
+    dir.write("chat_template.jinja",
+              name == "only_without_content" ? only_without_content
+              : name == "dated" ? "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+                                : read_text(data_dir + "templates/" + name + ".jinja"));
+    dir.write("tokenizer_config.json", R"({"bos_token": "<bos>"})");
+    auto loaded = model::chat_renderer::load(dir.path());
     if (!loaded)
       FAIL(loaded.error().text());
     chat_ = std::make_unique<model::chat_renderer>(std::move(*loaded));

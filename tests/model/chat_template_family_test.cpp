@@ -1,5 +1,7 @@
 #include "troupe/model/chat_template.hpp"
 
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <filesystem>
@@ -33,26 +35,6 @@ std::string render(std::string_view source, const ordered_json& context = ordere
 bool mentions(const std::string& text, std::string_view part) {
   return text.find(part) != std::string::npos;
 }
-
-class model_dir {
-public:
-  explicit model_dir(const char* name)
-    : path_(std::filesystem::path(TROUPE_BINARY_DIR) / "chat_template_family_test" / name) {
-    std::filesystem::remove_all(path_);
-    std::filesystem::create_directories(path_ / "additional_chat_templates");
-  }
-  ~model_dir() { std::filesystem::remove_all(path_); }
-  model_dir(const model_dir&) = delete;
-  model_dir& operator=(const model_dir&) = delete;
-
-  void write(const char* name, const std::string& content) {
-    std::ofstream(path_ / name) << content;
-  }
-  const std::filesystem::path& path() const { return path_; }
-
-private:
-  std::filesystem::path path_;
-};
 
 const ordered_json hi = {{{"role", "user"}, {"content", "Hi"}}};
 
@@ -153,7 +135,7 @@ TEST_CASE("numbers that do not fit are refused") {
 
 TEST_CASE("conversations with tools take the template that is made for them") {
   const ordered_json tools = {{{"type", "function"}}};
-  const auto both = [&](const model_dir& dir) -> std::string {
+  const auto both = [&](const troupe::testing::temporary_directory& dir) -> std::string {
     const auto renderer = chat_renderer::load(dir.path());
     if (!renderer)
       return renderer.error().cause;
@@ -161,7 +143,7 @@ TEST_CASE("conversations with tools take the template that is made for them") {
            + renderer->render_chat(hi, tools, false).value() + "|"
            + renderer->render_chat(hi, nullptr, false, {{"tools", tools}}).value();
   };
-  model_dir list("list");
+  const troupe::testing::temporary_directory list;
   const auto config = [](const ordered_json& templates) {
     return ordered_json{{"chat_template", templates}}.dump();
   };
@@ -187,7 +169,7 @@ TEST_CASE("conversations with tools take the template that is made for them") {
 }
 
 TEST_CASE("special tokens of the config reach the template") {
-  model_dir dir("tokens");
+  const troupe::testing::temporary_directory dir;
   dir.write("tokenizer_config.json", R"({"bos_token": {"content": "<b>"}, "eos_token": "</e>",
     "unk_token": null, "pad_token": {"content": "<p>"},
     "chat_template": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}"})");

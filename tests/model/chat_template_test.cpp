@@ -1,6 +1,8 @@
 #include "troupe/model/chat_template.hpp"
 #include "troupe/model/tokenizer.hpp"
 
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <filesystem>
@@ -38,25 +40,17 @@ bool mentions(const std::string& text, std::string_view part) {
   return text.find(part) != std::string::npos;
 }
 
-/// A directory with the files given, removed in the end.
+/// A model's directory with the files given.
 class model_dir {
 public:
   model_dir(std::initializer_list<std::pair<const char*, std::string>> files) {
-    std::random_device random;
-    path_ = std::filesystem::temp_directory_path()
-            / ("troupe_chat_template_test_" + std::to_string(random()));
-    std::filesystem::create_directories(path_);
     for (const auto& [name, content] : files)
-      std::ofstream(path_ / name) << content;
+      directory_.write(name, content);
   }
-  ~model_dir() { std::filesystem::remove_all(path_); }
-  model_dir(const model_dir&) = delete;
-  model_dir& operator=(const model_dir&) = delete;
-
-  const std::filesystem::path& path() const { return path_; }
+  const std::filesystem::path& path() const { return directory_.path(); }
 
 private:
-  std::filesystem::path path_;
+  troupe::testing::temporary_directory directory_;
 };
 
 } // namespace

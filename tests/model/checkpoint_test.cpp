@@ -2,6 +2,7 @@
 
 #include "troupe/model/weights.hpp"
 
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include <cmath>
@@ -46,7 +47,7 @@ test::blob& named(std::vector<test::blob>& blobs, const std::string& name) {
 TEST_CASE("whole checkpoints pass the check and their size is told") {
   const auto config = tiny();
   const auto blobs = test::tiny_blobs(config);
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   SECTION("sharded") {
     test::write_sharded(directory.path(), blobs);
   }
@@ -100,7 +101,7 @@ TEST_CASE("parts list what they need and nothing else") {
 TEST_CASE("missing files are named") {
   const auto config = tiny();
   const auto blobs = test::tiny_blobs(config);
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   CHECK_THAT(refused(directory.path() / "nowhere", config).cause, Catch::Contains("nowhere"));
   CHECK_THAT(refused(directory.path(), config).cause,
              Catch::Contains(directory.path().string()) && Catch::Contains("model.safetensors"));
@@ -118,7 +119,7 @@ TEST_CASE("missing files are named") {
 
 TEST_CASE("truncated and empty shards are named") {
   const auto config = tiny();
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_sharded(directory.path(), test::tiny_blobs(config));
   const auto shard = directory.path() / "model-00002-of-00002.safetensors";
   const auto size = std::filesystem::file_size(shard);
@@ -134,7 +135,7 @@ TEST_CASE("truncated and empty shards are named") {
 
 TEST_CASE("indexes that make no sense are refused by name") {
   const auto config = tiny();
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_sharded(directory.path(), test::tiny_blobs(config));
   const auto index = directory.path() / "model.safetensors.index.json";
   for (const auto* text : {"", "[]", "{}", R"({"weight_map": 1})", R"({"weight_map": {"a": 1}})",
@@ -155,13 +156,13 @@ TEST_CASE("missing tensors are named") {
     auto blobs = test::tiny_blobs(config);
     blobs.erase(std::find_if(blobs.begin(), blobs.end(),
                              [&](const test::blob& one) { return one.name == name; }));
-    const test::scratch_directory directory;
+    const testing::temporary_directory directory;
     test::write_sharded(directory.path(), blobs);
     CHECK_THAT(refused(directory.path(), config).cause, Catch::Contains('"' + name + '"'));
   }
   SECTION("also when the index promises them") {
     auto blobs = test::tiny_blobs(config);
-    const test::scratch_directory directory;
+    const testing::temporary_directory directory;
     test::write_sharded(directory.path(), blobs);
     blobs.pop_back();
     const std::vector<test::blob> rest(blobs.begin() + (blobs.size() + 1) / 2, blobs.end());
@@ -175,7 +176,7 @@ TEST_CASE("missing tensors are named") {
 
 TEST_CASE("a shape that differs from the config is told with both") {
   auto config = tiny();
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_sharded(directory.path(), test::tiny_blobs(config));
   config.v_head_dim = 7;
   const auto cause = refused(directory.path(), config).cause;
@@ -187,7 +188,7 @@ TEST_CASE("dtypes that no weight may have are refused") {
   const auto config = tiny();
   auto blobs = test::tiny_blobs(config);
   named(blobs, "model.layers.0.mlp.up_proj.weight").dtype = "U8";
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_sharded(directory.path(), blobs);
   CHECK_THAT(refused(directory.path(), config).cause,
              Catch::Contains("model.layers.0.mlp.up_proj.weight") && Catch::Contains("U8"));
@@ -195,7 +196,7 @@ TEST_CASE("dtypes that no weight may have are refused") {
 
 TEST_CASE("FP8 weights need a quantization_config") {
   auto config = tiny();
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_sharded(directory.path(), test::tiny_blobs(config));
   config.fp8.reset();
   const auto error = refused(directory.path(), config);
@@ -213,7 +214,7 @@ TEST_CASE("values that are not finite are refused with tensor and element") {
     for (const float value : {nan, inf, -inf}) {
       auto blobs = test::tiny_blobs(config);
       std::memcpy(named(blobs, name).bytes.data() + 4, &value, 4);
-      const test::scratch_directory directory;
+      const testing::temporary_directory directory;
       test::write_sharded(directory.path(), blobs);
       CHECK_THAT(refused(directory.path(), config).cause,
                  Catch::Contains('"' + name + '"') && Catch::Contains("element 1"));

@@ -1,5 +1,6 @@
 #include "troupe/model/convert.hpp"
 
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include "troupe/model/checkpoint.hpp"
@@ -21,7 +22,7 @@
 using namespace troupe;
 using namespace troupe::model;
 using test::blob;
-using test::scratch_directory;
+using testing::temporary_directory;
 namespace fs = std::filesystem;
 
 namespace {
@@ -117,7 +118,7 @@ struct workshop {
     return result;
   }
 
-  scratch_directory directory;
+  temporary_directory directory;
   model_config config;
   std::vector<blob> blobs;
 };
@@ -465,7 +466,7 @@ TEST_CASE("troupe-mini in 8 and 4 bits: measured accuracy") {
   };
   const auto want = GENERATE(expected_accuracy{{8, 0}, 0.008, 0.998, 2e-4},
                              expected_accuracy{{4, 64}, 0.095, 0.98, 1.5e-2});
-  const scratch_directory directory;
+  const temporary_directory directory;
   conversion_options options;
   options.source = mini_model;
   options.target = directory.path() / "converted";

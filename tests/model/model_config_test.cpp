@@ -1,5 +1,6 @@
 #include "troupe/model/model_config.hpp"
 
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include <catch2/catch.hpp>
@@ -353,7 +354,7 @@ TEST_CASE("other architectures, other JSON and missing files are refused clearly
     CHECK(result.error().code == error_code::invalid_model);
     CHECK_THAT(result.error().cause, Catch::Contains("x/config.json"));
   }
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   auto missing = load_model_config(directory.path());
   REQUIRE_FALSE(missing);
   CHECK(missing.error().code == error_code::invalid_model);

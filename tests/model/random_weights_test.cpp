@@ -1,6 +1,7 @@
 #include "troupe/model/random_weights.hpp"
 
 #include "stage_pipeline.hpp"
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include "troupe/model/model_tokenizer.hpp"
@@ -68,7 +69,7 @@ TEST_CASE("a made-up model has every tensor that its config needs, and computes"
   const bool in_fp8 = GENERATE(false, true);
   if (!in_fp8)
     text.erase("quantization_config");
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   const auto file = directory.path() / "tiny.json";
   test::write_file(file, text.dump());
   const auto name = "random:" + file.string();

@@ -2,6 +2,7 @@
 
 #include "troupe/model/checkpoint.hpp"
 
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include <catch2/catch.hpp>
@@ -155,7 +156,7 @@ TEST_CASE("mutated headers and indexes never do more than return an error") {
   }
   CHECK(refused_headers > 2000);
 
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_sharded(directory.path(), blobs);
   const auto index = test::read_file(directory.path() / "model.safetensors.index.json");
   int refused_indexes = 0;

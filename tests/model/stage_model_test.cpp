@@ -1,6 +1,7 @@
 #include "troupe/model/stage_model.hpp"
 
 #include "stage_pipeline.hpp"
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include <cmath>
@@ -363,7 +364,7 @@ TEST_CASE("one q_proj instead of two gives what two give where the first changes
     one.bytes = test::to_bytes(values);
   }
   const auto score = [&] {
-    const test::scratch_directory directory;
+    const testing::temporary_directory directory;
     test::write_file(directory.path() / "config.json", text.dump());
     test::write_file(directory.path() / "model.safetensors", test::to_safetensors(blobs));
     stage_pipeline pipeline(directory.path().string(), {{2}, 0}, 1, 64, cpu());
@@ -388,7 +389,7 @@ TEST_CASE("tied embeddings are the head") {
   auto& embedding = blobs.front();
   REQUIRE(embedding.name == "model.embed_tokens.weight");
   const auto score = [&](const layout& how) {
-    const test::scratch_directory directory;
+    const testing::temporary_directory directory;
     test::write_file(directory.path() / "config.json", text.dump());
     test::write_file(directory.path() / "model.safetensors", test::to_safetensors(blobs));
     stage_pipeline pipeline(directory.path().string(), how, 1, 64, cpu());
@@ -409,7 +410,7 @@ TEST_CASE("unaligned and damaged weights: the one computes the same, the other n
   auto config = parse_model_config(test::tiny_config().dump(), "config.json");
   REQUIRE(config);
   auto blobs = test::tiny_blobs(*config);
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_file(directory.path() / "config.json", test::tiny_config().dump());
   const auto file = directory.path() / "model.safetensors";
   const auto score = [&](std::size_t padding) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "temporary_directory.hpp"
+
 #include "troupe/model/weights.hpp"
 
 #include <cstdint>
@@ -13,31 +15,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <unistd.h>
-
 namespace troupe::model::test {
-
-/// A directory that is removed with the object.
-class scratch_directory {
-public:
-  scratch_directory() {
-    static int counter = 0;
-    path_ = std::filesystem::temp_directory_path()
-            / ("troupe-model-" + std::to_string(getpid()) + "-" + std::to_string(counter++));
-    std::filesystem::create_directories(path_);
-  }
-  ~scratch_directory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  scratch_directory(const scratch_directory&) = delete;
-  scratch_directory& operator=(const scratch_directory&) = delete;
-
-  const std::filesystem::path& path() const { return path_; }
-
-private:
-  std::filesystem::path path_;
-};
 
 inline void write_file(const std::filesystem::path& file, const std::string& bytes) {
   std::ofstream out(file, std::ios::binary);

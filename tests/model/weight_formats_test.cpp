@@ -1,6 +1,7 @@
 #include "troupe/model/stored_weight.hpp"
 
 #include "stage_pipeline.hpp"
+#include "temporary_directory.hpp"
 #include "tiny_checkpoint.hpp"
 
 #include "troupe/model/checkpoint.hpp"
@@ -284,7 +285,7 @@ json small_config(const std::string& family) {
 
 std::vector<float> score(const json& config, const std::vector<blob>& blobs) {
   static const auto ops = kernels::make_cpu_ops(2);
-  const test::scratch_directory directory;
+  const testing::temporary_directory directory;
   test::write_file(directory.path() / "config.json", config.dump());
   test::write_file(directory.path() / "model.safetensors", test::to_safetensors(blobs));
   auto parsed = load_model_config(directory.path());
@@ -448,7 +449,7 @@ TEST_CASE("every weight format computes what its float32 values compute") {
 namespace {
 
 struct found_weight {
-  std::shared_ptr<test::scratch_directory> directory;
+  std::shared_ptr<testing::temporary_directory> directory;
   std::shared_ptr<checkpoint> source;
   expected<stored_weight> weight;
 };
@@ -459,7 +460,7 @@ found_weight find(const quantised& made, int rows, int cols, const json& quantiz
   config["quantization_config"] = quantization;
   auto parsed = parse_model_config(config.dump(), "config.json");
   REQUIRE(parsed);
-  auto directory = std::make_shared<test::scratch_directory>();
+  auto directory = std::make_shared<testing::temporary_directory>();
   test::write_file(directory->path() / "model.safetensors", test::to_safetensors(made.blobs));
   auto source = checkpoint::open(directory->path());
   REQUIRE(source);

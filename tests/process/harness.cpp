@@ -75,18 +75,6 @@ bool eventually(const std::function<bool()>& done, std::chrono::milliseconds lim
   return true;
 }
 
-temporary_directory::temporary_directory() {
-  auto name = (fs::temp_directory_path() / "troupe-test-XXXXXX").string();
-  if (::mkdtemp(name.data()) == nullptr)
-    FAIL("cannot make a directory like " << name << ": " << std::strerror(errno));
-  path_ = name;
-}
-
-temporary_directory::~temporary_directory() {
-  std::error_code ignored;
-  fs::remove_all(path_, ignored);
-}
-
 std::vector<running_process> processes_under(const fs::path& runtime_directory) {
   auto wanted = "XDG_RUNTIME_DIR=" + runtime_directory.string();
   wanted.push_back('\0');

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "temporary_directory.hpp"
+
 #include "troupe/base/child_processes.hpp"
 #include "troupe/http/client.hpp"
 
@@ -25,25 +27,13 @@ namespace troupe::process_tests {
 
 using namespace std::chrono_literals;
 using nlohmann::json;
+using testing::temporary_directory;
 using steady = std::chrono::steady_clock;
 
 double milliseconds(steady::duration d);
 
 /// Waits until `done`; false after `limit`.
 bool eventually(const std::function<bool()>& done, std::chrono::milliseconds limit);
-
-/// A new directory under the temporary one, removed with this object.
-class temporary_directory {
-public:
-  temporary_directory();
-  ~temporary_directory();
-  temporary_directory(const temporary_directory&) = delete;
-  temporary_directory& operator=(const temporary_directory&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
-private:
-  std::filesystem::path path_;
-};
 
 /// One of a cluster's processes.
 struct running_process {

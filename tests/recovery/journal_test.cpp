@@ -2,6 +2,8 @@
 
 #include "troupe/base/fault_point.hpp"
 
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <cstdlib>
@@ -9,24 +11,12 @@
 #include <random>
 #include <sstream>
 
-#include <fmt/format.h>
-#include <unistd.h>
 
 using namespace troupe;
 using recovery::journal;
+using testing::temporary_directory;
 
 namespace {
-
-/// A directory that goes with the test.
-struct scratch {
-  std::filesystem::path path =
-    std::filesystem::temp_directory_path() / fmt::format("troupe-journal-{}", ::getpid());
-  scratch() {
-    std::filesystem::remove_all(path);
-    std::filesystem::create_directories(path);
-  }
-  ~scratch() { std::filesystem::remove_all(path); }
-};
 
 std::string read_file(const std::filesystem::path& file) {
   std::ifstream in(file, std::ios::binary);
@@ -78,8 +68,8 @@ struct faulty_disk {
   faults::board rules;
   std::size_t number = 0;
 
-  faulty_disk(const scratch& dir, faults::kind what, const std::string& name, std::uint32_t count)
-    : file(dir.path / "board"), rules(std::move(faults::board::create(file).value())) {
+  faulty_disk(const temporary_directory& dir, faults::kind what, const std::string& name, std::uint32_t count)
+    : file(dir.path() / "board"), rules(std::move(faults::board::create(file).value())) {
     ::setenv(faults::board::variable, rules.value().c_str(), 1);
     REQUIRE(faults::arm());
     faults::rule r;
@@ -99,8 +89,8 @@ struct faulty_disk {
 } // namespace
 
 TEST_CASE("a journal gives back what was appended, in order") {
-  scratch dir;
-  const auto file = dir.path / "j";
+  const temporary_directory dir;
+  const auto file = dir.path() / "j";
   const auto ends = write_sample(file);
   CHECK(records_of(file) == sample());
   CHECK(std::filesystem::file_size(file) == ends.back());
@@ -114,8 +104,8 @@ TEST_CASE("a journal gives back what was appended, in order") {
 }
 
 TEST_CASE("a journal cut at any byte gives the whole records before the cut and goes on") {
-  scratch dir;
-  const auto file = dir.path / "j";
+  const temporary_directory dir;
+  const auto file = dir.path() / "j";
   const auto ends = write_sample(file);
   const auto bytes = read_file(file);
   REQUIRE(bytes.size() == ends.back());
@@ -136,12 +126,12 @@ TEST_CASE("a journal cut at any byte gives the whole records before the cut and 
     REQUIRE(records_of(file) == whole);
     REQUIRE(std::filesystem::file_size(file) == j->size());
   }
-  CHECK_FALSE(std::filesystem::exists(dir.path / "j.damaged"));
+  CHECK_FALSE(std::filesystem::exists(dir.path() / "j.damaged"));
 }
 
 TEST_CASE("a flipped byte ends a journal before the record that it is in") {
-  scratch dir;
-  const auto file = dir.path / "j";
+  const temporary_directory dir;
+  const auto file = dir.path() / "j";
   const auto ends = write_sample(file);
   const auto bytes = read_file(file);
   for (std::size_t at = 0; at < bytes.size(); ++at) {
@@ -159,20 +149,20 @@ TEST_CASE("a flipped byte ends a journal before the record that it is in") {
       REQUIRE(j);
       REQUIRE(records == whole);
       const bool in_header = at < ends.front();
-      REQUIRE(std::filesystem::exists(dir.path / "j.damaged") == in_header);
+      REQUIRE(std::filesystem::exists(dir.path() / "j.damaged") == in_header);
       if (in_header)
-        REQUIRE(read_file(dir.path / "j.damaged") == damaged);
+        REQUIRE(read_file(dir.path() / "j.damaged") == damaged);
       REQUIRE(j->append("after"));
       whole.emplace_back("after");
       REQUIRE(records_of(file) == whole);
-      std::filesystem::remove(dir.path / "j.damaged");
+      std::filesystem::remove(dir.path() / "j.damaged");
     }
   }
 }
 
 TEST_CASE("an append that fails leaves the journal as it was, and the next one works") {
-  scratch dir;
-  const auto file = dir.path / "j";
+  const temporary_directory dir;
+  const auto file = dir.path() / "j";
   const auto ends = write_sample(file);
   const auto what =
     GENERATE(faults::kind::no_space, faults::kind::io_error, faults::kind::short_write);
@@ -199,8 +189,8 @@ TEST_CASE("an append that fails leaves the journal as it was, and the next one w
 }
 
 TEST_CASE("what a dying writer left is cut off before the next append") {
-  scratch dir;
-  const auto file = dir.path / "j";
+  const temporary_directory dir;
+  const auto file = dir.path() / "j";
   const auto ends = write_sample(file);
   std::ofstream(file, std::ios::binary | std::ios::app) << "half a fra";
   std::vector<std::string> records;
@@ -216,17 +206,17 @@ TEST_CASE("what a dying writer left is cut off before the next append") {
 }
 
 TEST_CASE("a rule for another file does not touch a journal") {
-  scratch dir;
+  const temporary_directory dir;
   std::vector<std::string> records;
-  auto j = journal::open(dir.path / "j", records);
+  auto j = journal::open(dir.path() / "j", records);
   REQUIRE(j);
   faulty_disk faulty(dir, faults::kind::no_space, "other", 0);
   CHECK(j->append("x"));
 }
 
 TEST_CASE("rewriting replaces the records at once or not at all") {
-  scratch dir;
-  const auto file = dir.path / "j";
+  const temporary_directory dir;
+  const auto file = dir.path() / "j";
   write_sample(file);
   std::vector<std::string> records;
   auto j = journal::open(file, records);
@@ -246,13 +236,13 @@ TEST_CASE("rewriting replaces the records at once or not at all") {
   auto whole = fewer;
   whole.emplace_back("more");
   CHECK(records_of(file) == whole);
-  CHECK_FALSE(std::filesystem::exists(dir.path / "j.new"));
+  CHECK_FALSE(std::filesystem::exists(dir.path() / "j.new"));
 }
 
 TEST_CASE("a record over the limit is refused") {
-  scratch dir;
+  const temporary_directory dir;
   std::vector<std::string> records;
-  auto j = journal::open(dir.path / "j", records);
+  auto j = journal::open(dir.path() / "j", records);
   REQUIRE(j);
   const auto size = j->size();
   const auto refused = j->append(std::string(journal::max_record_bytes + 1, 'x'));
@@ -262,9 +252,9 @@ TEST_CASE("a record over the limit is refused") {
 }
 
 TEST_CASE("a journal in a directory that is not there cannot be opened") {
-  scratch dir;
+  const temporary_directory dir;
   std::vector<std::string> records;
-  const auto j = journal::open(dir.path / "missing" / "j", records);
+  const auto j = journal::open(dir.path() / "missing" / "j", records);
   REQUIRE_FALSE(j);
   CHECK(j.error().code == error_code::io_failed);
 }

@@ -2,6 +2,8 @@
 
 #include "troupe/base/fault_point.hpp"
 
+#include "temporary_directory.hpp"
+
 #include <catch2/catch.hpp>
 
 #include <chrono>
@@ -12,24 +14,17 @@
 #include <sstream>
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 using namespace troupe;
 using namespace troupe::schedule;
 using recovery::request_journal;
+using testing::temporary_directory;
 
 namespace {
 
-struct scratch {
-  std::filesystem::path path =
-    std::filesystem::temp_directory_path() / fmt::format("troupe-requests-{}", ::getpid());
-  scratch() {
-    std::filesystem::remove_all(path);
-    std::filesystem::create_directories(path);
-  }
-  ~scratch() { std::filesystem::remove_all(path); }
-  std::filesystem::path file() const { return path / "requests.journal"; }
-};
+std::filesystem::path journal_in(const temporary_directory& dir) {
+  return dir.path() / "requests.journal";
+}
 
 std::string state_of(const request_log& log) {
   std::vector<std::string> records;
@@ -119,9 +114,9 @@ std::string read_file(const std::filesystem::path& file) {
   return text.str();
 }
 
-request_journal::options options_of(const scratch& dir) {
+request_journal::options options_of(const temporary_directory& dir) {
   request_journal::options o;
-  o.file = dir.file();
+  o.file = journal_in(dir);
   o.limits.retain_ms = 1'000'000;
   o.limits.max_retained = 5;
   return o;
@@ -131,8 +126,8 @@ request_journal::options options_of(const scratch& dir) {
 struct full_disk {
   std::filesystem::path file;
   faults::board rules;
-  explicit full_disk(const scratch& dir, faults::kind what = faults::kind::no_space)
-    : file(dir.path / "board"), rules(std::move(faults::board::create(file).value())) {
+  explicit full_disk(const temporary_directory& dir, faults::kind what = faults::kind::no_space)
+    : file(dir.path() / "board"), rules(std::move(faults::board::create(file).value())) {
     ::setenv(faults::board::variable, rules.value().c_str(), 1);
     REQUIRE(faults::arm());
     faults::rule r;
@@ -151,24 +146,24 @@ struct full_disk {
 
 TEST_CASE("a request journal cut at any byte gives a state that was once true") {
   for (unsigned seed = 1; seed <= 4; ++seed) {
-    scratch dir;
+    const temporary_directory dir;
     std::map<std::uint64_t, std::string> states; // by size of the file
     {
       request_journal j(options_of(dir), 0);
       random_frontend frontend(seed);
-      states[std::filesystem::file_size(dir.file())] = state_of(j.log());
+      states[std::filesystem::file_size(journal_in(dir))] = state_of(j.log());
       for (int i = 0; i < 120; ++i) {
         frontend.act(j);
         j.flush(frontend.now());
-        states[std::filesystem::file_size(dir.file())] = state_of(j.log());
+        states[std::filesystem::file_size(journal_in(dir))] = state_of(j.log());
       }
       CHECK(j.num_errors() == 0);
       CHECK(j.is_durable());
     }
-    const auto bytes = read_file(dir.file());
+    const auto bytes = read_file(journal_in(dir));
     CHECK(states.size() > 60);
     for (std::size_t cut = 0; cut <= bytes.size(); ++cut) {
-      std::ofstream(dir.file(), std::ios::binary | std::ios::trunc) << bytes.substr(0, cut);
+      std::ofstream(journal_in(dir), std::ios::binary | std::ios::trunc) << bytes.substr(0, cut);
       const request_journal j(options_of(dir), 0);
       auto at = states.upper_bound(cut);
       const auto expected = at == states.begin() ? std::string{} : std::prev(at)->second;
@@ -179,7 +174,7 @@ TEST_CASE("a request journal cut at any byte gives a state that was once true") 
 }
 
 TEST_CASE("a journal that is mostly about what is over becomes small again and says the same") {
-  scratch dir;
+  const temporary_directory dir;
   auto o = options_of(dir);
   o.compact_bytes = 10'000;
   request_journal j(o, 0);
@@ -189,10 +184,10 @@ TEST_CASE("a journal that is mostly about what is over becomes small again and s
   for (int i = 0; i < 3000; ++i) {
     frontend.act(j);
     j.flush(frontend.now());
-    const auto before = std::filesystem::file_size(dir.file());
+    const auto before = std::filesystem::file_size(journal_in(dir));
     const auto state = state_of(j.log());
     j.tick(frontend.now());
-    const auto after = std::filesystem::file_size(dir.file());
+    const auto after = std::filesystem::file_size(journal_in(dir));
     REQUIRE(state_of(j.log()) == state);
     largest = std::max<std::uint64_t>(largest, before);
     if (after < before) {
@@ -208,7 +203,7 @@ TEST_CASE("a journal that is mostly about what is over becomes small again and s
 TEST_CASE("a full disk fails nobody, and the file is complete once there is room") {
   const auto what =
     GENERATE(faults::kind::no_space, faults::kind::io_error, faults::kind::short_write);
-  scratch dir;
+  const temporary_directory dir;
   request_journal j(options_of(dir), 0);
   random_frontend frontend(23);
   auto act = [&](int times) {
@@ -241,9 +236,9 @@ TEST_CASE("a full disk fails nobody, and the file is complete once there is room
 }
 
 TEST_CASE("a journal whose directory is missing comes to be once it is there") {
-  scratch dir;
+  const temporary_directory dir;
   request_journal::options o;
-  o.file = dir.path / "later" / "requests.journal";
+  o.file = dir.path() / "later" / "requests.journal";
   request_journal j(o, 0);
   CHECK(j.num_errors() == 1);
   random_frontend frontend(29);
@@ -256,7 +251,7 @@ TEST_CASE("a journal whose directory is missing comes to be once it is there") {
 }
 
 TEST_CASE("without a file a journal is memory, and a fresh one forgets what was there") {
-  scratch dir;
+  const temporary_directory dir;
   random_frontend frontend(31);
   request_journal memory({}, 0);
   frontend.act(memory);
@@ -280,7 +275,7 @@ TEST_CASE("what a step's tokens cost", "[.benchmark]") {
   constexpr std::uint32_t num_calls = 48;
   constexpr std::uint32_t num_steps = 20'000;
   for (const bool with_file : {true, false}) {
-    scratch dir;
+    const temporary_directory dir;
     auto o = options_of(dir);
     if (!with_file)
       o.file.clear();
