@@ -11,6 +11,9 @@ namespace troupe::kernels::cpu::fast {
 inline constexpr std::int32_t kTileRows = 6;
 inline constexpr std::int32_t kTilePanels = kBundlePanels;
 
+/// Rows whose sums, whole and of a group, fit the registers.
+inline constexpr std::int32_t kStreamedRows = 3;
+
 /// Pairs of elements whose weights stay in the first cache while rows pass by.
 inline constexpr std::int32_t kBlockPairs = 1024;
 
@@ -35,11 +38,10 @@ struct tile_weights {
 /// Scales of a group for the panels of a tile.
 struct tile_scales {
   const float* first = nullptr;
-  std::int64_t panel_stride = 0;
   std::int32_t width = 0;
 
   __m512 of(int panel) const {
-    const float* at = first + panel * panel_stride;
+    const float* at = first + panel * width;
     return width == 1 ? _mm512_set1_ps(*at) : _mm512_loadu_ps(at);
   }
 };
@@ -120,7 +122,6 @@ template <int Rows, int Panels>
     __m512bh column[Panels];
     TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
       column[p] = reinterpret_cast<__m512bh>(_mm512_load_si512(at + p * 64));
-      ask_for(at + p * 64 + kAhead);
     }
     TROUPE_UNROLL for (int m = 0; m < Rows; ++m) {
       const __m512bh pair = pair_of(rows.x[m] + 2 * k);
@@ -193,7 +194,6 @@ template <int Rows, int Panels>
   const unsigned char* at = w.data;
   for (std::int32_t k = 0; k < quads; ++k) {
     TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
-      ask_for(at + p * 64 + kAhead);
       __m512i even;
       __m512i odd;
       decoder.decode(_mm512_load_si512(at + p * 64), even, odd);
@@ -268,6 +268,77 @@ template <int Rows, int Panels>
   }
 }
 
+/// Panels n .. n + panels - 1, all of one bundle.
+struct tile_columns {
+  std::int32_t n;
+  std::int32_t panels;
+  tile_weights weights; ///< from the first element of the sum on
+
+  /// From register `step` on. What comes next, at `after`, is fetched by the first tiles of rows.
+  tile_weights from(std::int32_t step, const unsigned char* after) const {
+    tile_weights result = weights;
+    result.data += step * weights.stride;
+    result.after = after;
+    return result;
+  }
+};
+
+inline tile_scales scales_of(const packed_weight& w, std::int32_t panel, std::int32_t group) {
+  return {w.scales + w.scale_index(panel, group), w.scale_width};
+}
+
+/// All groups of a few rows, where weights are read once: sums stay in registers. The same bits.
+template <int Rows, int Panels>
+[[gnu::noinline]] void stream_bytes(const tile_rows<std::int8_t>& rows,
+                                    const byte_scales& row_scales, const tile_columns& c,
+                                    const packed_weight& w) {
+  __m512 total[Rows][Panels];
+  TROUPE_UNROLL for (int m = 0; m < Rows; ++m) {
+    TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
+      total[m][p] = _mm512_setzero_ps();
+    }
+  }
+  const unsigned char* at = c.weights.data;
+  for (std::int32_t g = 0; g < w.num_groups; ++g) {
+    const std::int32_t begin = g * w.group;
+    const std::int32_t end = least(w.depth, begin + w.group);
+    __m512i sum[Rows][Panels];
+    TROUPE_UNROLL for (int m = 0; m < Rows; ++m) {
+      TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
+        sum[m][p] = _mm512_set1_epi32(row_scales.offset[m][g]);
+      }
+    }
+    for (std::int32_t k = begin; k < end; k += 4) {
+      __m512i column[Panels];
+      TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
+        column[p] = _mm512_load_si512(at + p * 64);
+      }
+      TROUPE_UNROLL for (int m = 0; m < Rows; ++m) {
+        std::int32_t quad;
+        __builtin_memcpy(&quad, rows.x[m] + k, 4);
+        const __m512i four = _mm512_set1_epi32(quad);
+        TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
+          add_products(sum[m][p], column[p], four);
+        }
+      }
+      at += c.weights.stride;
+    }
+    const tile_scales scales = scales_of(w, c.n, g);
+    TROUPE_UNROLL for (int m = 0; m < Rows; ++m) {
+      const __m512 row_scale = _mm512_set1_ps(row_scales.scale[m][g]);
+      TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
+        total[m][p] = _mm512_fmadd_ps(_mm512_mul_ps(scales.of(p), row_scale),
+                                      _mm512_cvtepi32_ps(sum[m][p]), total[m][p]);
+      }
+    }
+  }
+  TROUPE_UNROLL for (int m = 0; m < Rows; ++m) {
+    TROUPE_UNROLL for (int p = 0; p < Panels; ++p) {
+      _mm512_mask_storeu_ps(rows.out[m] + p * 16, mask_of<Panels>(c.weights, p), total[m][p]);
+    }
+  }
+}
+
 /// Calls work.template operator()<rows, panels>() for numbers that are known at run time only.
 template <class Work>
 inline void with_tile(std::int32_t rows, std::int32_t panels, const Work& work) {
@@ -315,26 +386,6 @@ inline tile_rows<Element> find_rows(const fast_args& args, std::int32_t first, s
   return rows;
 }
 
-/// Panels n .. n + panels - 1, all of one bundle.
-struct tile_columns {
-  std::int32_t n;
-  std::int32_t panels;
-  tile_weights weights; ///< from the first element of the sum on
-
-  /// From register `step` on. What comes next, at `after`, is fetched by the first tiles of rows.
-  tile_weights from(std::int32_t step, const unsigned char* after) const {
-    tile_weights result = weights;
-    result.data += step * weights.stride;
-    result.after = after;
-    return result;
-  }
-};
-
-inline tile_scales scales_of(const packed_weight& w, std::int32_t panel, std::int32_t group) {
-  const std::int64_t stride = std::int64_t{w.num_groups} * w.scale_width;
-  return {w.scales + panel * stride + std::int64_t{group} * w.scale_width, stride, w.scale_width};
-}
-
 inline void multiply_bf16(const fast_args& args, const tile_columns& c) {
   const std::int32_t pairs = args.w->depth / 2;
   if (args.num_rows <= kTileRows) {
@@ -364,10 +415,10 @@ inline void multiply_f8(const fast_args& args, const tile_columns& c, const e4m3
     const std::int32_t quads = (least(w.depth, k + w.group) - k) / 4;
     const tile_weights codes = c.from(k / 4, nullptr);
     const tile_scales scales = scales_of(w, c.n, g);
-    if (args.num_rows <= 3) {
+    if (args.num_rows <= kStreamedRows) {
       const auto rows = find_rows<std::uint16_t>(args, 0, args.num_rows, k, c.n * 16);
       with_tile(args.num_rows, c.panels, [&]<int Rows, int Panels>() {
-        if constexpr (Rows <= 3) {
+        if constexpr (Rows <= kStreamedRows) {
           multiply_codes<Rows, Panels>(rows, codes, quads, g == 0, scales, decoder);
         }
       });
@@ -397,8 +448,27 @@ inline void multiply_f8(const fast_args& args, const tile_columns& c, const e4m3
   }
 }
 
+inline byte_scales find_scales(const fast_args& args, std::int32_t first, std::int32_t count) {
+  byte_scales scales;
+  for (std::int32_t m = 0; m < count; ++m) {
+    const std::int64_t at = row_index(args, first + m) * args.w->num_groups;
+    scales.scale[m] = args.x.scales + at;
+    scales.offset[m] = args.x.offsets + at;
+  }
+  return scales;
+}
+
 inline void multiply_i8(const fast_args& args, const tile_columns& c) {
   const packed_weight& w = *args.w;
+  if (args.num_rows <= kStreamedRows) {
+    const auto rows = find_rows<std::int8_t>(args, 0, args.num_rows, 0, c.n * 16);
+    const byte_scales row_scales = find_scales(args, 0, args.num_rows);
+    return with_tile(args.num_rows, c.panels, [&]<int Rows, int Panels>() {
+      if constexpr (Rows <= kStreamedRows) {
+        stream_bytes<Rows, Panels>(rows, row_scales, c, w);
+      }
+    });
+  }
   for (std::int32_t g = 0; g < w.num_groups; ++g) {
     const std::int32_t k = g * w.group;
     const std::int32_t quads = (least(w.depth, k + w.group) - k) / 4;
@@ -406,12 +476,7 @@ inline void multiply_i8(const fast_args& args, const tile_columns& c) {
     const unsigned char* here = c.weights.data + k / 4 * c.weights.stride;
     for_tiles(args.num_rows, [&](std::int32_t tile, std::int32_t first, std::int32_t count) {
       const auto rows = find_rows<std::int8_t>(args, first, count, k, c.n * 16);
-      byte_scales row_scales;
-      for (std::int32_t m = 0; m < count; ++m) {
-        const std::int64_t at = row_index(args, first + m) * w.num_groups;
-        row_scales.scale[m] = args.x.scales + at;
-        row_scales.offset[m] = args.x.offsets + at;
-      }
+      const byte_scales row_scales = find_scales(args, first, count);
       const std::int64_t ahead = args.num_rows <= kTileRows ? kAhead : quads * c.weights.stride;
       const tile_weights part = c.from(k / 4, here + ahead + least(tile, 1) * quads * 256);
       with_tile(count, c.panels, [&]<int Rows, int Panels>() {

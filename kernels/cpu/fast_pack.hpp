@@ -131,8 +131,7 @@ inline void pack(const weight_matrix& w, const packed_weight& to, std::int32_t f
     for (std::int32_t g = 0; g < to.num_groups; ++g) {
       for (std::int32_t c = 0; c < to.scale_width; ++c) {
         const std::int32_t row = least(p * kPackedColumns + c, w.num_rows - 1);
-        to.scales[(std::int64_t{p} * to.num_groups + g) * to.scale_width + c] =
-          scale_at(w, row, g * to.group);
+        to.scales[to.scale_index(p, g) + c] = scale_at(w, row, g * to.group);
       }
     }
   }

@@ -35,7 +35,7 @@ struct packed_weight {
   std::int32_t num_groups = 0;
   std::int32_t scale_width = 0; ///< 16: a scale a column; 1: a scale a panel
   unsigned char* data = nullptr;
-  float* scales = nullptr; ///< [panel][num_groups][scale_width]
+  float* scales = nullptr; ///< [bundle][num_groups][panel][scale_width]
 
   std::int32_t num_panels() const { return (num_rows + kPackedColumns - 1) / kPackedColumns; }
   std::int64_t panel_bytes() const {
@@ -50,6 +50,12 @@ struct packed_weight {
   unsigned char* panel_data(std::int32_t panel) const {
     return data + panel / kBundlePanels * kBundlePanels * panel_bytes()
            + panel % kBundlePanels * 64;
+  }
+  /// Where the scales of a group begin for one panel; those of the bundle's next panel follow.
+  std::int64_t scale_index(std::int32_t panel, std::int32_t group) const {
+    const std::int64_t before = panel / kBundlePanels * kBundlePanels * std::int64_t{num_groups};
+    return (before + std::int64_t{group} * bundle_panels(panel) + panel % kBundlePanels)
+           * scale_width;
   }
   std::size_t data_bytes() const { return static_cast<std::size_t>(num_panels() * panel_bytes()); }
   std::size_t scale_bytes() const {
