@@ -371,9 +371,10 @@ void cpu_ops::latent_attention(const rows_view& q_latent, const rows_view& q_rop
 
 void cpu_ops::append_grouped_kv(const rows_view& keys, const rows_view& values,
                                 const batch_view& batch, const grouped_kv_view& kv) {
-  // One place of a page is laid out as two parts in either kind of attention.
+  // One place of a page is laid out as two parts in either kind of attention. This class's own
+  // way to write them: one that is derived may keep latents, and only those, in another type.
   const std::int32_t width = kv.num_kv_heads * kv.head_dim;
-  append_kv(keys, values, batch, {kv.data, kv.num_pages, kv.page_tokens, width, width});
+  cpu_ops::append_kv(keys, values, batch, {kv.data, kv.num_pages, kv.page_tokens, width, width});
 }
 
 void cpu_ops::grouped_attention(const rows_view& q, std::int32_t num_heads, float scale,

@@ -12,6 +12,7 @@
 using namespace troupe;
 using namespace troupe::model;
 using test::layout;
+using test::same_bits;
 using test::stage_pipeline;
 
 namespace {
@@ -21,44 +22,37 @@ const std::string bf16_model = references + "deepseek_v3";
 const std::string fp8_model = references + "deepseek_v3_fp8";
 const std::string mini_model = TROUPE_SOURCE_DIR "/configs/models/troupe-mini";
 
-constexpr double tolerance = 5e-4;
+/// A way to compute, and how far `part` of its log-probabilities may be from the golden ones.
+struct arithmetic {
+  kernels::ops& ops;
+  double tolerance;
+  double part = 1.0;
+};
 
 kernels::ops& cpu() {
   static const auto ops = kernels::make_cpu_ops(2);
   return *ops;
 }
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+arithmetic exact() {
+  return {cpu(), 5e-4};
 }
 
-/// ln softmax(logits)[token].
-double logprob(const float* logits, std::int32_t vocab, std::int32_t token) {
-  const double top = *std::max_element(logits, logits + vocab);
-  double sum = 0.0;
-  for (std::int32_t i = 0; i < vocab; ++i)
-    sum += std::exp(logits[i] - top);
-  return logits[token] - top - std::log(sum);
+arithmetic fast() {
+  static const auto ops = kernels::make_cpu_ops(2, nullptr, kernels::numerics::fast);
+  // A router that is nearly tied decides otherwise for rounded activations, which moves a position
+  // far: the models' random weights make many such ties.
+  return {*ops, 3e-2, 0.8};
 }
 
-/// Largest distance of any log-probability from the golden ones. Also checks that the golden
-/// tokens are the most likely wherever the margin allows to tell.
-double deviation(const test::golden& expected, const std::vector<float>& logits,
-                 std::int32_t vocab) {
-  double worst = 0.0;
-  const auto row = [&](std::size_t i) { return logits.data() + i * vocab; };
-  for (std::size_t i = 0; i < expected.prompt_logprobs.size(); ++i)
-    worst = std::max(worst, std::abs(logprob(row(i), vocab, expected.prompt[i + 1])
-                                     - expected.prompt_logprobs[i]));
+/// The golden tokens are the most likely wherever the margin allows to tell.
+void check_tokens(const test::golden& expected, const std::vector<float>& logits,
+                  std::int32_t vocab, double tolerance) {
   for (std::size_t i = 0; i < expected.tokens.size(); ++i) {
-    const auto* at = row(expected.prompt.size() - 1 + i);
+    const auto* at = logits.data() + (expected.prompt.size() - 1 + i) * vocab;
     if (expected.min_margin > 2 * tolerance)
       CHECK(std::max_element(at, at + vocab) - at == expected.tokens[i]);
-    if (i < expected.top_logprobs.size())
-      for (const auto& [token, value] : expected.top_logprobs[i])
-        worst = std::max(worst, std::abs(logprob(at, vocab, token) - value));
   }
-  return worst;
 }
 
 std::string describe(const layout& how) {
@@ -69,20 +63,26 @@ std::string describe(const layout& how) {
 /// Golden values on one stage in one piece, and the same bits on every other layout and chunking:
 /// for the first prompts, and token by token for fewer of them, as that takes longest.
 void check_model(const std::string& directory, const std::vector<layout>& layouts,
-                 std::size_t num_prompts, std::size_t num_single_prompts) {
+                 std::size_t num_prompts, std::size_t num_single_prompts,
+                 const arithmetic& computing = exact()) {
+  auto& ops = computing.ops;
   auto expected = test::load_golden(directory);
-  stage_pipeline reference(directory, layouts.front(), 1, 512, cpu());
+  stage_pipeline reference(directory, layouts.front(), 1, 512, ops);
   std::vector<std::vector<float>> logits;
-  double worst = 0.0;
+  std::vector<double> deviations;
   for (const auto& one : expected) {
     logits.push_back(reference.score(one.all_tokens(), 512));
-    worst = std::max(worst, deviation(one, logits.back(), reference.vocab_size()));
+    test::add_deviations(one, logits.back(), reference.vocab_size(), deviations);
+    check_tokens(one, logits.back(), reference.vocab_size(), computing.tolerance);
   }
-  CHECK(worst < tolerance);
+  const double typical = test::quantile(deviations, computing.part);
+  CHECK(typical < computing.tolerance);
   WARN(directory.substr(directory.rfind('/') + 1)
-       << ": largest deviation of a log-probability " << worst);
+       << ": log-probabilities are off by " << test::quantile(deviations, 0.5) << " (median), "
+       << test::quantile(deviations, 0.9) << " (90 %), " << test::quantile(deviations, 1.0)
+       << " (most)");
   for (const auto& how : layouts) {
-    stage_pipeline pipeline(directory, how, 1, 512, cpu());
+    stage_pipeline pipeline(directory, how, 1, 512, ops);
     for (const auto chunk : {1, 7, 512})
       for (std::size_t i = 0; i < (chunk == 1 ? num_single_prompts : num_prompts); ++i) {
         INFO(describe(how) << ", chunks of " << chunk << ", prompt " << i);
@@ -137,6 +137,20 @@ TEST_CASE("models of other shapes: golden log-probabilities, same bits however t
                                                                     {"qwen2_untied", 0}}));
   check_model(TROUPE_SOURCE_DIR "/tests/data/shapes/" + name,
               {{{3}, 0}, {{1, 3}, num_groups}, {{1, 2, 3}, 0}}, 3, 2);
+}
+
+TEST_CASE("fast numerics: within 3e-2 of the golden log-probabilities, same bits however cut") {
+  const auto [name, num_groups] = GENERATE(table<std::string, int>({{"deepseek_v3", 2},
+                                                                    {"deepseek_v3_fp8", 3},
+                                                                    {"deepseek_v2", 4},
+                                                                    {"deepseek_v2_lite", 0},
+                                                                    {"llama", 0},
+                                                                    {"qwen2", 0}}));
+  check_model(references + name, {{{4}, 0}, {{1, 4}, num_groups}}, 3, 1, fast());
+}
+
+TEST_CASE("fast numerics: troupe-mini keeps its golden tokens") {
+  check_model(mini_model, {{{6}, 0}, {{3, 6}, 2}}, 2, 1, fast());
 }
 
 TEST_CASE("sequences mixed in one micro-batch give the same bits as alone") {
@@ -232,13 +246,13 @@ TEST_CASE("sampling reports the golden log-probabilities") {
   REQUIRE(pipeline.last().sample(rows, params, out));
   for (std::size_t i = 0; i < num_scored; ++i) {
     CHECK(out[i].token == expected.prompt[rows[i] + 1]);
-    CHECK(std::abs(out[i].logprob - expected.prompt_logprobs[rows[i]]) < tolerance);
+    CHECK(std::abs(out[i].logprob - expected.prompt_logprobs[rows[i]]) < exact().tolerance);
   }
   for (std::size_t i = 0; i < expected.tokens.size(); ++i) {
     const auto& one = out[num_scored + i];
     REQUIRE(one.num_top == 5);
     for (std::int32_t k = 0; k < 5; ++k)
-      CHECK(std::abs(one.top_logprobs[k] - expected.top_logprobs[i][k].second) < tolerance);
+      CHECK(std::abs(one.top_logprobs[k] - expected.top_logprobs[i][k].second) < exact().tolerance);
   }
 }
 

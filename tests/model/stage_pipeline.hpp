@@ -4,6 +4,8 @@
 #include "troupe/model/stage_model.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <fstream>
 #include <memory>
 #include <random>
@@ -266,6 +268,39 @@ inline std::vector<golden> load_golden(const std::string& directory) {
     result.push_back(std::move(one));
   }
   return result;
+}
+
+/// ln softmax(logits)[token].
+inline double logprob(const float* logits, std::int32_t vocab, std::int32_t token) {
+  const double top = *std::max_element(logits, logits + vocab);
+  double sum = 0.0;
+  for (std::int32_t i = 0; i < vocab; ++i)
+    sum += std::exp(logits[i] - top);
+  return logits[token] - top - std::log(sum);
+}
+
+/// Appends the distances of log-probabilities from the golden ones. `logits` are those of all
+/// tokens but the last, one row of `vocab` each.
+inline void add_deviations(const golden& expected, const std::vector<float>& logits,
+                           std::int32_t vocab, std::vector<double>& out) {
+  const auto row = [&](std::size_t i) { return logits.data() + i * vocab; };
+  for (std::size_t i = 0; i < expected.prompt_logprobs.size(); ++i)
+    out.push_back(
+      std::abs(logprob(row(i), vocab, expected.prompt[i + 1]) - expected.prompt_logprobs[i]));
+  for (std::size_t i = 0; i < expected.top_logprobs.size() && i < expected.tokens.size(); ++i)
+    for (const auto& [token, value] : expected.top_logprobs[i])
+      out.push_back(std::abs(logprob(row(expected.prompt.size() - 1 + i), vocab, token) - value));
+}
+
+/// The value that `part` of the others do not exceed. Reorders them.
+inline double quantile(std::vector<double>& values, double part) {
+  const auto at = values.begin() + static_cast<std::ptrdiff_t>(part * (values.size() - 1));
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+
+inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 } // namespace troupe::model::test

@@ -9,6 +9,7 @@
 using namespace troupe;
 using namespace troupe::model;
 using kernel_tests::gpu;
+using test::same_bits;
 
 namespace {
 
@@ -99,37 +100,6 @@ private:
   std::shared_ptr<void> kv_;
 };
 
-double logprob(const float* logits, std::int32_t vocab, std::int32_t token) {
-  const double top = *std::max_element(logits, logits + vocab);
-  double sum = 0.0;
-  for (std::int32_t i = 0; i < vocab; ++i)
-    sum += std::exp(logits[i] - top);
-  return logits[token] - top - std::log(sum);
-}
-
-/// Distances of log-probabilities from the golden ones.
-void add_deviations(const test::golden& expected, const std::vector<float>& logits,
-                    std::int32_t vocab, std::vector<double>& out) {
-  const auto row = [&](std::size_t i) { return logits.data() + i * vocab; };
-  for (std::size_t i = 0; i < expected.prompt_logprobs.size(); ++i)
-    out.push_back(
-      std::abs(logprob(row(i), vocab, expected.prompt[i + 1]) - expected.prompt_logprobs[i]));
-  for (std::size_t i = 0; i < expected.tokens.size(); ++i)
-    if (i < expected.top_logprobs.size())
-      for (const auto& [token, value] : expected.top_logprobs[i])
-        out.push_back(std::abs(logprob(row(expected.prompt.size() - 1 + i), vocab, token) - value));
-}
-
-double quantile(std::vector<double>& values, double part) {
-  const auto at = values.begin() + static_cast<std::ptrdiff_t>(part * (values.size() - 1));
-  std::nth_element(values.begin(), at, values.end());
-  return *at;
-}
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
 } // namespace
 
 TEST_CASE("golden log-probabilities of every kind of model, the same bits in any chunks",
@@ -150,7 +120,7 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
     for (std::size_t i = 0; i < expected.size(); ++i) {
       const auto tokens = expected[i].all_tokens();
       const auto whole = model.score(tokens, 512);
-      add_deviations(expected[i], whole, model.vocab_size(), deviations);
+      test::add_deviations(expected[i], whole, model.vocab_size(), deviations);
       if (i < 2) {
         INFO(name << ", prompt " << i);
         for (const std::int32_t chunk : {1, 7, 64})
@@ -159,11 +129,11 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
     }
     // A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
     // position far; dense models have no such positions.
-    const double median = quantile(deviations, 0.5);
-    const double most = quantile(deviations, 0.9);
+    const double median = test::quantile(deviations, 0.5);
+    const double most = test::quantile(deviations, 0.9);
     char line[80];
     std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
-                  name.c_str(), median, most, quantile(deviations, 1.0));
+                  name.c_str(), median, most, test::quantile(deviations, 1.0));
     WARN(line);
     // The models of odd shapes have steep logits: they are here for the bits.
     const bool is_odd = name.starts_with("shapes/");
