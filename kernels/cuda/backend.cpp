@@ -34,8 +34,9 @@ std::int32_t num_devices() {
 }
 
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
-                                       std::atomic<std::uint64_t>* progress) {
-  auto result = std::make_unique<cuda_ops>(device, progress);
+                                       std::atomic<std::uint64_t>* progress,
+                                       std::shared_ptr<weight_memory> weights) {
+  auto result = std::make_unique<cuda_ops>(device, progress, std::move(weights));
   if (!result->failure().empty()) {
     error = result->failure();
     return nullptr;
@@ -43,12 +44,13 @@ std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
   return result;
 }
 
-cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress)
+cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
+                   std::shared_ptr<weight_memory> weights)
   : gpu_(device),
     stream_(gpu_.stream()),
     progress_(progress == nullptr ? &unwatched_ : progress),
     pool_(gpu_, kSlabBytes),
-    weight_pool_(gpu_, kWeightSlabBytes),
+    weight_pool_(gpu_, kWeightSlabBytes, weights),
     ring_(gpu_),
     download_(gpu_),
     positions_(gpu_, pool_, ring_),
@@ -62,7 +64,8 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress)
     results_(gpu_, pool_),
     gates_(gpu_, pool_),
     ups_(gpu_, pool_),
-    allowed_(gpu_, pool_) {
+    allowed_(gpu_, pool_),
+    weights_are_there_(weights != nullptr && weights->is_filled()) {
   description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name() + ")";
   flag_ = gpu_.ok() ? allocate(sizeof(std::int32_t)) : nullptr;
 }

@@ -21,7 +21,8 @@ struct placed_weight {
 /// See gpu_ops. Lives in the process that computes; weights and pages are in memory of its own.
 class cuda_ops final : public gpu_ops {
 public:
-  cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress);
+  cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
+           std::shared_ptr<weight_memory> weights);
 
   const char* description() const override { return description_.c_str(); }
   element_type activation_type() const override { return element_type::bf16; }
@@ -88,7 +89,10 @@ private:
   void launched(const char* what);
   void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
 
+  std::shared_ptr<void> take_weight(std::size_t bytes);
   std::shared_ptr<void> upload_weight(const void* from, std::size_t bytes);
+  std::int32_t* next_nan_note();
+  bool pack(const weight_matrix& on_device, const packed_matrix& to, std::int32_t* note);
   void choose_packing(const weight_matrix& weight, packed_matrix& to) const;
   weight_matrix place_rows(const weight_matrix& weight, const weight_matrix& on_device);
   const packed_matrix& packed(const weight_matrix& w) const;
@@ -132,6 +136,11 @@ private:
   scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
   std::shared_ptr<void> flag_; ///< one number
   std::vector<std::unique_ptr<placed_weight>> weights_;
+  bool weights_are_there_; ///< a predecessor has placed them
+  std::shared_ptr<void>
+    nan_table_; ///< of the device: for each product weight, whether it holds NaN
+  std::vector<std::int32_t> known_nans_; ///< what a predecessor found
+  std::size_t num_products_ = 0;
   std::vector<expert_run> runs_;
   std::vector<queued_job> queue_;
   std::vector<linear_job> jobs_;

@@ -54,19 +54,31 @@ bool context::synchronise() {
   return check(cudaStreamSynchronize(stream()), "waiting for the stream");
 }
 
+std::shared_ptr<void> device_pool::new_slab(std::size_t bytes) {
+  gpu_.stream();
+  if (!gpu_.ok()) {
+    return nullptr;
+  }
+  if (source_ != nullptr) {
+    return source_->piece(num_slabs_++, bytes);
+  }
+  void* memory = nullptr;
+  // Too little memory is an answer, not a failure of the device.
+  if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return {memory, [](void* at) { cudaFree(at); }};
+}
+
 std::shared_ptr<void> device_pool::take(std::size_t bytes) {
   bytes = aligned(bytes);
   if (slab_ == nullptr || used_ + bytes > size_) {
-    gpu_.stream();
     const std::size_t size = std::max(bytes, slab_bytes_);
-    void* memory = nullptr;
-    // Too little memory is an answer, not a failure of the device.
-    if (!gpu_.ok() || cudaMalloc(&memory, size) != cudaSuccess) {
-      cudaGetLastError();
+    auto slab = new_slab(size);
+    if (slab == nullptr) {
       return nullptr;
     }
-    const std::shared_ptr<std::byte> slab(static_cast<std::byte*>(memory),
-                                          [](std::byte* at) { cudaFree(at); });
     if (bytes >= slab_bytes_ / 2) {
       return slab; // the current slab still has room for small pieces
     }
@@ -74,7 +86,7 @@ std::shared_ptr<void> device_pool::take(std::size_t bytes) {
     size_ = size;
     used_ = 0;
   }
-  auto* at = slab_.get() + used_;
+  auto* at = static_cast<std::byte*>(slab_.get()) + used_;
   used_ += bytes;
   return {slab_, at};
 }

@@ -10,6 +10,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "troupe/kernels/cuda/shared_memory.hpp"
+
 namespace troupe::kernels::cuda {
 
 /// One GPU as one object of `ops` uses it: its stream and the first thing that went wrong. A failed
@@ -51,15 +53,21 @@ private:
 /// pointer to it; a slab goes back to the driver with its last piece.
 class device_pool {
 public:
-  device_pool(context& gpu, std::size_t slab_bytes) : gpu_(gpu), slab_bytes_(slab_bytes) {}
+  /// Slabs come from the driver, or from `source` if there is one.
+  device_pool(context& gpu, std::size_t slab_bytes, std::shared_ptr<weight_memory> source = nullptr)
+    : gpu_(gpu), slab_bytes_(slab_bytes), source_(std::move(source)) {}
 
   /// 256-byte aligned, not zeroed; null if there is not that much.
   std::shared_ptr<void> take(std::size_t bytes);
 
 private:
+  std::shared_ptr<void> new_slab(std::size_t bytes);
+
   context& gpu_;
   std::size_t slab_bytes_;
-  std::shared_ptr<std::byte> slab_;
+  std::shared_ptr<weight_memory> source_;
+  std::size_t num_slabs_ = 0;
+  std::shared_ptr<void> slab_;
   std::size_t used_ = 0;
   std::size_t size_ = 0;
 };

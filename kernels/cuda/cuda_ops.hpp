@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 
+#include "troupe/kernels/cuda/shared_memory.hpp"
 #include "troupe/kernels/ops.hpp"
 
 /// What a GPU offers beyond `ops`. This header needs no CUDA toolkit, so code that is built
@@ -45,8 +46,10 @@ public:
 };
 
 /// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
-/// object, is counted up with every operation and every wait that ended.
+/// object, is counted up with every operation and every wait that ended. Weights are placed in
+/// memory of this process, or in `weights` if that is given.
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
-                                       std::atomic<std::uint64_t>* progress = nullptr);
+                                       std::atomic<std::uint64_t>* progress = nullptr,
+                                       std::shared_ptr<weight_memory> weights = nullptr);
 
 } // namespace troupe::kernels::cuda

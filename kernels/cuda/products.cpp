@@ -11,6 +11,9 @@ namespace {
 /// From so many rows on, packing them for the matrix unit of Hopper pays.
 constexpr std::int32_t kWideFrom = 33;
 
+/// Product weights whose notes share a table.
+constexpr std::size_t kNotes = 16384;
+
 std::size_t num_scales(const weight_matrix& w) {
   return static_cast<std::size_t>(ceil_div(w.num_rows, w.block_rows))
          * ceil_div(w.num_cols, w.block_cols);
@@ -27,14 +30,20 @@ packed_type product_type(element_type type) {
 
 } // namespace
 
-std::shared_ptr<void> cuda_ops::upload_weight(const void* from, std::size_t bytes) {
+std::shared_ptr<void> cuda_ops::take_weight(std::size_t bytes) {
   auto memory = weight_pool_.take(bytes);
   if (memory == nullptr) {
     gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
-    return nullptr;
   }
-  gpu_.check(cudaMemcpyAsync(memory.get(), from, bytes, cudaMemcpyHostToDevice, stream_),
-             "upload of a weight");
+  return memory;
+}
+
+std::shared_ptr<void> cuda_ops::upload_weight(const void* from, std::size_t bytes) {
+  auto memory = take_weight(bytes);
+  if (memory != nullptr && !weights_are_there_) {
+    gpu_.check(cudaMemcpyAsync(memory.get(), from, bytes, cudaMemcpyHostToDevice, stream_),
+               "upload of a weight");
+  }
   return memory;
 }
 
@@ -67,12 +76,13 @@ weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_mat
   result.type = keeps_type ? element_type::f32 : element_type::bf16;
   result.scales = nullptr;
   result.zeros = nullptr;
-  placed->data = weight_pool_.take(count * size_of(result.type));
+  placed->data = take_weight(count * size_of(result.type));
   if (placed->data == nullptr) {
-    gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
     return result;
   }
-  if (keeps_type) {
+  if (weights_are_there_) {
+    // As its predecessor left it.
+  } else if (keeps_type) {
     gpu_.check(cudaMemcpyAsync(placed->data.get(), on_device.data, count * sizeof(float),
                                cudaMemcpyDeviceToDevice, stream_),
                "copy of a weight");
@@ -85,23 +95,61 @@ weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_mat
   return result;
 }
 
+/// Where it is noted whether a product weight holds NaN, beside the weights themselves: a successor
+/// packs as its predecessor did.
+std::int32_t* cuda_ops::next_nan_note() {
+  if (num_products_ % kNotes == 0) {
+    nan_table_ = take_weight(kNotes * sizeof(std::int32_t));
+    if (nan_table_ == nullptr) {
+      return nullptr;
+    }
+    if (weights_are_there_) {
+      known_nans_.resize(kNotes);
+      gpu_.check(cudaMemcpyAsync(known_nans_.data(), nan_table_.get(),
+                                 kNotes * sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
+                 "copy of notes");
+      synchronise();
+    }
+  }
+  return static_cast<std::int32_t*>(nan_table_.get()) + num_products_++ % kNotes;
+}
+
+/// Packs a weight. False if it holds NaN, which only bf16 can say; the note then says so too.
+bool cuda_ops::pack(const weight_matrix& on_device, const packed_matrix& to, std::int32_t* note) {
+  const bool is_bf16 = to.type == packed_type::bf16;
+  if (weights_are_there_) {
+    return is_bf16 || known_nans_[note - static_cast<std::int32_t*>(nan_table_.get())] == 0;
+  }
+  auto* found = is_bf16 ? static_cast<std::int32_t*>(flag_.get()) : note;
+  std::int32_t has_nan = 0;
+  gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
+  launch_pack(stream_, on_device, to, found);
+  launched("packing of a weight");
+  gpu_.check(cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
+             "copy of a flag");
+  synchronise();
+  return is_bf16 || has_nan == 0;
+}
+
 weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
   weight_matrix result = weight;
   result.packed = nullptr;
   if (!begin(weight.num_rows)) {
     return result;
   }
-  const auto bytes =
-    static_cast<std::size_t>(weight.num_rows) * row_bytes(weight.type, weight.num_cols);
-  auto* raw = staging_.take<std::byte>(bytes);
-  if (!gpu_.ok()) {
-    return result;
-  }
-  gpu_.check(cudaMemcpyAsync(raw, weight.data, bytes, cudaMemcpyHostToDevice, stream_),
-             "upload of a weight");
-  auto placed = std::make_unique<placed_weight>();
   weight_matrix on_device = weight;
-  on_device.data = raw;
+  if (!weights_are_there_) {
+    const auto bytes =
+      static_cast<std::size_t>(weight.num_rows) * row_bytes(weight.type, weight.num_cols);
+    auto* raw = staging_.take<std::byte>(bytes);
+    if (!gpu_.ok()) {
+      return result;
+    }
+    gpu_.check(cudaMemcpyAsync(raw, weight.data, bytes, cudaMemcpyHostToDevice, stream_),
+               "upload of a weight");
+    on_device.data = raw;
+  }
+  auto placed = std::make_unique<placed_weight>();
   if (weight.scales != nullptr) {
     placed->scales = upload_weight(weight.scales, num_scales(weight) * sizeof(float));
     on_device.scales = static_cast<const float*>(placed->scales.get());
@@ -117,29 +165,23 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
   }
   auto& packed = placed->packed;
   choose_packing(weight, packed);
-  auto* found = static_cast<std::int32_t*>(flag_.get());
-  std::int32_t has_nan = 0;
-  for (;;) {
-    placed->data = weight_pool_.take(packed_bytes(packed.num_rows, packed.num_chunks));
+  auto* note = next_nan_note();
+  if (note == nullptr) {
+    return result;
+  }
+  for (bool done = false; !done;) {
+    placed->data = take_weight(packed_bytes(packed.num_rows, packed.num_chunks));
     if (placed->data == nullptr) {
-      gpu_.check(cudaErrorMemoryAllocation, "memory for weights");
       return result;
     }
     packed.data = placed->data.get();
-    gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
-    launch_pack(stream_, on_device, packed, found);
-    launched("packing of a weight");
-    gpu_.check(cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
-               "copy of a flag");
-    synchronise();
-    if (has_nan == 0 || packed.type == packed_type::bf16) {
-      break;
+    done = pack(on_device, packed, note);
+    if (!done) {
+      packed = {};
+      packed.num_rows = weight.num_rows;
+      packed.num_cols = weight.num_cols;
+      packed.num_chunks = num_chunks(packed.type, weight.num_cols);
     }
-    // Only bf16 can say that it is not a number.
-    packed = {};
-    packed.num_rows = weight.num_rows;
-    packed.num_cols = weight.num_cols;
-    packed.num_chunks = num_chunks(packed.type, weight.num_cols);
   }
   if (packed.type == packed_type::bf16) {
     placed->scales = nullptr;
