@@ -19,10 +19,16 @@ namespace troupe::actors {
 
 namespace {
 
-/// KV pages hold what kernels::ops::kv_type says of the CPU.
-std::uint64_t kv_element_bytes(const model::model_config& model, config::numerics arithmetic) {
-  bool is_short =
-    arithmetic == config::numerics::fast && model.attention == model::attention_kind::latent;
+bool computes_on_gpus(const config::cluster_config& cluster) {
+  return cluster.nodes.front().devices.front().kind == config::device_kind::cuda;
+}
+
+/// KV pages hold what kernels::ops::kv_type says of the devices, which are all of one kind.
+std::uint64_t kv_element_bytes(const model::model_config& model,
+                               const config::cluster_config& cluster) {
+  bool is_short = computes_on_gpus(cluster)
+                  || (cluster.model.arithmetic == config::numerics::fast
+                      && model.attention == model::attention_kind::latent);
   return is_short ? 2 : 4;
 }
 
@@ -168,7 +174,7 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
       auto kv_layers = actor.end_layer - actor.first_layer + (drafts ? 1 : 0);
       a->set_kv_bytes(std::uint64_t{kv_layers} * plan.kv_pages() * plan.page_tokens()
                         * static_cast<std::uint64_t>(model.kv_dim())
-                        * kv_element_bytes(model, cluster.model.arithmetic)
+                        * kv_element_bytes(model, cluster)
                       + memory::page_seals::bytes(plan.kv_pages()));
     }
   }

@@ -1,8 +1,10 @@
 #include "troupe/actors/node_supervisor.hpp"
 
 #include "troupe/actors/dial.hpp"
+#include "troupe/actors/runtime.hpp"
 #include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
+#include "troupe/memory/keeper.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -91,6 +93,8 @@ void node_supervisor::carry_out(const policy::kill_process& what) {
 }
 
 void node_supervisor::carry_out(policy::assign& what) {
+  if (auto keeper = keepers_.find(what.assignment.device()); keeper != keepers_.end())
+    what.assignment.set_keeper(keeper->second);
   for (const auto& actor : what.assignment.actors()) {
     auto found = kv_.find(actor.id());
     if (found == kv_.end())
@@ -135,7 +139,16 @@ void node_supervisor::carry_out(proto::WorkerChanged& change) {
   send(controller_, worker_changed{std::move(change)});
 }
 
+std::string node_supervisor::device_of(const std::string& worker) const {
+  for (const auto& planned : policy_.plan().workers())
+    if (planned.name() == worker)
+      return planned.device();
+  return {};
+}
+
 expected<void> node_supervisor::create_memory(const policy::keep_memory& what) {
+  if (keepers_.count(device_of(what.worker)) > 0)
+    return {}; // the worker asks the keeper
   for (const auto& [actor, bytes] : what.actors) {
     auto segment =
       memory::segment::create("troupe:" + policy_.plan().cluster() + "/" + actor, bytes);
@@ -167,11 +180,7 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
       return tl::unexpected(watch.error());
     c.watch = std::move(*watch);
   }
-  if (!options_.log_directory.empty()) {
-    auto file = what.name;
-    std::replace(file.begin(), file.end(), '/', '-');
-    spec.log_path = fmt::format("{}/{}.log", options_.log_directory, file);
-  }
+  spec.log_path = log_path_of(what.name);
   auto pid = children_->spawn(std::move(spec));
   if (!pid)
     return tl::unexpected(pid.error());
@@ -179,7 +188,49 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
   return c;
 }
 
+std::string node_supervisor::log_path_of(const std::string& process) const {
+  if (options_.log_directory.empty())
+    return {};
+  auto file = process;
+  std::replace(file.begin(), file.end(), '/', '-');
+  return fmt::format("{}/{}.log", options_.log_directory, file);
+}
+
+/// One for each GPU of this node, before its first worker.
+void node_supervisor::start_keepers(const proto::ClusterPlan& plan) {
+  for (const auto& worker : plan.workers()) {
+    const auto& device = worker.device();
+    if (worker.node() != options_.name || !device.starts_with("cuda:")
+        || keepers_.count(device) > 0)
+      continue;
+    auto index = device.substr(device.find(':') + 1);
+    auto address = memory::keeper_address(static_cast<std::uint32_t>(::getpid()),
+                                          static_cast<std::uint32_t>(std::stoul(index)));
+    child_spec spec;
+    spec.name = fmt::format("{}/keeper-{}", options_.name, index);
+    spec.arguments = {"keeper",    "--name", spec.name,     "--device",        index,
+                      "--address", address,  "--log-level", options_.log_level};
+    spec.log_path = log_path_of(spec.name);
+    // Without one, the worker says what it misses.
+    keepers_.emplace(device, address);
+    if (auto pid = children_->spawn(std::move(spec)); !pid)
+      spdlog::error("{}", pid.error().text());
+  }
+}
+
+void node_supervisor::keeper_exited(const child_exit& exit) {
+  if (!exit.signalled && exit.status == exit_permanent) {
+    spdlog::error("{} found no GPU; its workers say why", exit.name);
+    return;
+  }
+  spdlog::critical("{} {}: the memory of its GPU is gone, and this node ends to begin anew",
+                   exit.name, exit.text());
+  quit(caf::exit_reason::kill);
+}
+
 void node_supervisor::child_exited(const child_exit& exit) {
+  if (exit.name.starts_with(options_.name + "/keeper-"))
+    return keeper_exited(exit);
   faults::suffer(faults::point::node_exit_seen, exit.name);
   auto found = running_.find(exit.name);
   if (found == running_.end())
@@ -204,8 +255,10 @@ void node_supervisor::look_at_pulses(time_point now) {
 node_supervisor::behavior_type node_supervisor::make_behavior() {
   return {
     [this](const node_assignment& assignment) {
-      if (!faults::is_cut_off(controller_name))
-        carry_out(policy_.assigned(assignment.body));
+      if (faults::is_cut_off(controller_name))
+        return;
+      start_keepers(assignment->plan());
+      carry_out(policy_.assigned(assignment.body));
     },
     [this](const cluster_view& view) {
       if (!faults::is_cut_off(controller_name))

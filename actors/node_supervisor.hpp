@@ -41,7 +41,9 @@ using node_supervisor_local = messages::node_supervisor_actor::extend<
 /// Runs what its assignment says, and nothing else: a worker whose actors differ from those
 /// assigned is replaced. A worker that dies (or whose pulse says that it might as well be dead, and
 /// which is killed for it) is replaced at once, by a standby if one is ready, else by a new process
-/// (one for one), with the KV pages of its predecessor. One that dies too often, or says that it
+/// (one for one), with the KV pages of its predecessor. What workers keep on a GPU belongs to the
+/// GPU's keeper, another child of the node; the node ends with it, since nothing of that memory is
+/// left. A worker that dies too often, or says that it
 /// can never work, is reported as failed.
 class node_supervisor : public node_supervisor_local::base {
 public:
@@ -76,6 +78,10 @@ private:
   void carry_out(proto::WorkerChanged& change);
 
   expected<child> spawn(const policy::start_process& what);
+  std::string log_path_of(const std::string& process) const;
+  void start_keepers(const proto::ClusterPlan& plan);
+  void keeper_exited(const child_exit& exit);
+  std::string device_of(const std::string& worker) const;
   expected<void> create_memory(const policy::keep_memory& what);
   void child_exited(const child_exit& exit);
   void look_at_pulses(time_point now);
@@ -84,8 +90,9 @@ private:
   std::uint16_t port_ = 0;
   messages::cluster_supervisor_actor controller_;
   policy policy_;
-  std::map<std::string, child> running_;      ///< by the policy's name for the process
-  std::map<std::string, memory::segment> kv_; ///< by actor
+  std::map<std::string, child> running_;       ///< by the policy's name for the process
+  std::map<std::string, memory::segment> kv_;  ///< by actor; of those on CPUs
+  std::map<std::string, std::string> keepers_; ///< where those of the GPUs listen, by device
   time_point last_heartbeat_{};
   std::unique_ptr<child_processes> children_;
 };

@@ -1,5 +1,7 @@
 #include "troupe/actors/worker_parts.hpp"
 
+#include "troupe/actors/gpu.hpp"
+
 #include <algorithm>
 #include <chrono>
 
@@ -17,8 +19,21 @@ struct loader {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
   std::shared_ptr<worker_parts> parts;
+  std::shared_ptr<gpu> device; ///< null on a CPU
 
   const proto::ClusterPlan& plan() const { return assignment.plan(); }
+
+  /// Calls `load` with the operations of an actor. On a GPU that may be twice: see gpu::load.
+  expected<void> load_with_ops(const proto::ActorPlan& actor, const memory::activity& pulse,
+                               std::uint32_t threads, const gpu::loading& load) const {
+    if (!device)
+      return load(make_ops(pulse, threads));
+    auto content =
+      fmt::format("{} layers {}-{} experts {}-{} of {} drafts {}", plan().model_path(),
+                  actor.first_layer(), actor.end_layer(), actor.first_expert(), actor.end_expert(),
+                  plan().num_expert_groups(), plan().draft_tokens());
+    return device->load(actor.id(), content, pulse, load);
+  }
 
   /// The kernels count their progress in the activity, so it lives as long as they do.
   std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse,
@@ -54,7 +69,6 @@ struct loader {
     if (!pulsing)
       return tl::unexpected(pulsing.error());
     s.pulse = std::move(*pulsing);
-    s.ops = make_ops(s.pulse, plan().compute_threads());
     model::stage_options options;
     options.first_layer = static_cast<std::int32_t>(actor.first_layer());
     options.end_layer = static_cast<std::int32_t>(actor.end_layer());
@@ -63,27 +77,19 @@ struct loader {
     options.checks_finite = !plan().unprotected();
     if (options.end_layer == config.num_layers)
       options.max_drafts = static_cast<std::int32_t>(plan().draft_tokens());
-    auto model = model::stage_model::load(weights, config, options, *s.ops);
-    if (!model)
-      return tl::unexpected(model.error());
-    s.model = std::move(*model);
-    for (const auto& kv : assignment.kv()) {
-      if (kv.actor() != actor.id())
-        continue;
-      auto segment = memory::segment::attach_from(kv.owner_pid(), kv.owner_fd(), kv.bytes());
-      if (!segment)
-        return tl::unexpected(segment.error());
-      s.kv = std::make_shared<memory::segment>(std::move(*segment));
-    }
-    auto pages = static_cast<std::int32_t>(plan().kv_pages());
-    auto page_tokens = static_cast<std::int32_t>(plan().page_tokens());
-    auto needed = s.model->kv_bytes(pages, page_tokens);
-    if (!s.kv || s.kv->size() < needed)
-      return fail(error_code::internal,
-                  fmt::format("{} has {} bytes of KV memory where it needs {}", actor.id(),
-                              s.kv ? s.kv->size() : 0, needed));
-    s.model->attach_kv(s.kv->bytes().data(), pages, page_tokens);
-    make_seals(s, needed);
+    auto loaded = load_with_ops(actor, s.pulse, plan().compute_threads(), [&](auto ops) {
+      s.model = nullptr;
+      s.ops = std::move(ops);
+      auto model = model::stage_model::load(weights, config, options, *s.ops);
+      if (!model)
+        return expected<void>(tl::unexpected(model.error()));
+      s.model = std::move(*model);
+      return expected<void>();
+    });
+    if (!loaded)
+      return loaded;
+    if (auto attached = device ? map_kv(s) : attach_kv(s); !attached)
+      return attached;
     if (!options.with_local_experts) {
       auto experts = connect_experts(s);
       if (!experts)
@@ -91,6 +97,46 @@ struct loader {
       s.experts = std::move(*experts);
     }
     parts->stages.push_back(std::move(s));
+    return {};
+  }
+
+  std::size_t bytes_of_pages(const loaded_stage& s) const {
+    return s.model->kv_bytes(static_cast<std::int32_t>(plan().kv_pages()),
+                             static_cast<std::int32_t>(plan().page_tokens()));
+  }
+
+  void give_kv(loaded_stage& s, void* pages) const {
+    s.model->attach_kv(pages, static_cast<std::int32_t>(plan().kv_pages()),
+                       static_cast<std::int32_t>(plan().page_tokens()));
+  }
+
+  /// Pages in the keeper's memory. They have no sums: a GPU's memory has its own (ECC).
+  expected<void> map_kv(loaded_stage& s) const {
+    auto mapped = device->map_kv(s.plan.id(), bytes_of_pages(s));
+    if (!mapped)
+      return tl::unexpected(mapped.error());
+    s.device_kv = std::move(*mapped);
+    give_kv(s, s.device_kv.get());
+    return {};
+  }
+
+  /// Pages in the node's memory.
+  expected<void> attach_kv(loaded_stage& s) const {
+    for (const auto& kv : assignment.kv()) {
+      if (kv.actor() != s.plan.id())
+        continue;
+      auto segment = memory::segment::attach_from(kv.owner_pid(), kv.owner_fd(), kv.bytes());
+      if (!segment)
+        return tl::unexpected(segment.error());
+      s.kv = std::make_shared<memory::segment>(std::move(*segment));
+    }
+    auto needed = bytes_of_pages(s);
+    if (!s.kv || s.kv->size() < needed)
+      return fail(error_code::internal,
+                  fmt::format("{} has {} bytes of KV memory where it needs {}", s.plan.id(),
+                              s.kv ? s.kv->size() : 0, needed));
+    give_kv(s, s.kv->bytes().data());
+    make_seals(s, needed);
     return {};
   }
 
@@ -114,14 +160,20 @@ struct loader {
     if (!pulsing)
       return tl::unexpected(pulsing.error());
     g.pulse = std::move(*pulsing);
-    g.ops = make_ops(g.pulse, plan().expert_threads());
     model::expert_range range{static_cast<std::int32_t>(actor.first_expert()),
                               static_cast<std::int32_t>(actor.end_expert())};
-    auto experts =
-      model::expert_group_model::load(weights, config, range, *g.ops, plan().draft_tokens() > 0);
-    if (!experts)
-      return tl::unexpected(experts.error());
-    g.experts = std::move(*experts);
+    auto loaded = load_with_ops(actor, g.pulse, plan().expert_threads(), [&](auto ops) {
+      g.experts = nullptr;
+      g.ops = std::move(ops);
+      auto experts =
+        model::expert_group_model::load(weights, config, range, *g.ops, plan().draft_tokens() > 0);
+      if (!experts)
+        return expected<void>(tl::unexpected(experts.error()));
+      g.experts = std::move(*experts);
+      return expected<void>();
+    });
+    if (!loaded)
+      return loaded;
     parts->expert_groups.push_back(std::move(g));
     return {};
   }
@@ -152,8 +204,15 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
            pulse,
            std::move(prepared.config),
            std::move(prepared.weights),
-           std::make_shared<worker_parts>()};
+           std::make_shared<worker_parts>(),
+           nullptr};
   l.parts->plane = std::move(prepared.plane);
+  if (assignment.device().starts_with("cuda:")) {
+    auto opened = gpu::open(assignment.device(), assignment.keeper());
+    if (!opened)
+      return tl::unexpected(opened.error());
+    l.device = std::move(*opened);
+  }
   for (const auto& actor : assignment.actors()) {
     auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
     if (!loaded)

@@ -21,7 +21,8 @@ namespace troupe::actors {
 struct loaded_stage {
   proto::ActorPlan plan;
   std::shared_ptr<kernels::ops> ops;
-  std::shared_ptr<memory::segment> kv;
+  std::shared_ptr<memory::segment> kv; ///< on a CPU
+  std::shared_ptr<void> device_kv;     ///< on a GPU
   std::shared_ptr<model::stage_model> model;
   std::shared_ptr<remote_experts> experts;   ///< null where the stage has its own
   memory::activity pulse;                    ///< of its computing thread

@@ -8,6 +8,9 @@ namespace troupe::kernels::cuda {
 
 namespace {
 
+/// The driver cuts smaller pieces from blocks of this size, and a handle shares the whole block.
+constexpr std::size_t kShared = std::size_t{2} << 20;
+
 bool check(cudaError_t status, std::int32_t device, const char* what, std::string& error) {
   if (status == cudaSuccess) {
     return true;
@@ -22,6 +25,7 @@ bool check(cudaError_t status, std::int32_t device, const char* what, std::strin
 
 exported_memory export_memory(std::int32_t device, std::size_t bytes, std::string& error) {
   exported_memory result;
+  bytes = (bytes + kShared - 1) / kShared * kShared;
   void* memory = nullptr;
   cudaIpcMemHandle_t handle;
   if (!check(cudaSetDevice(device), device, "cudaSetDevice", error)) {

@@ -161,8 +161,6 @@ void read_devices(section& from, std::vector<device>& devices, report& problems)
                                in_quotes(*text), max_devices - 1));
     else if (parsed->kind == device_kind::cuda && std::ranges::count(devices, *parsed) > 0)
       problems.add(item.at, path, fmt::format("{} is there twice; name every GPU once", *text));
-    else if (parsed->kind == device_kind::cuda)
-      problems.add(item.at, path, fmt::format("{} {}; write cpu", *text, not_yet));
     if (parsed)
       devices.push_back(*parsed);
   }
@@ -215,6 +213,20 @@ void read_nodes(section& root, cluster_config& config, report& problems) {
                                in_quotes(made.name), first->second));
     }
   }
+}
+
+/// Hidden states travel as the devices compute them: in float32 from CPUs, in bfloat16 from GPUs.
+void check_device_kinds(section& root, const cluster_config& config) {
+  const device* first = nullptr;
+  for (const node& each : config.nodes)
+    for (const device& one : each.devices) {
+      first = first == nullptr ? &one : first;
+      if (one.kind != first->kind)
+        return root.refuse("nodes", fmt::format("{} of {} and {} of {} do not compute alike; write "
+                                                "only GPUs or only CPUs",
+                                                first->name(), config.nodes.front().name,
+                                                one.name(), each.name));
+    }
 }
 
 void read_parallel(section from, parallel_settings& parallel) {
@@ -338,6 +350,7 @@ expected<cluster_config> parse_text(std::string_view text, const fs::path& file,
   read_name(top, "cluster", config.cluster);
   read_model(top.child("model"), config.model, file);
   read_nodes(top, config, problems);
+  check_device_kinds(top, config);
   read_parallel(top.child("parallel"), config.parallel);
   read_serving(top.child("serving"), config.serving);
   read_recovery(top.child("recovery"), config.recovery);

@@ -224,6 +224,7 @@ proto::WorkerAssignment node_policy::assignment_of(const worker& w) const {
   assignment.set_name(w.view.plan().name());
   assignment.set_incarnation(w.view.incarnation());
   *assignment.mutable_actors() = w.view.plan().actors();
+  assignment.set_device(w.view.plan().device());
   return assignment;
 }
 

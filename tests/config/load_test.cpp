@@ -392,8 +392,6 @@ TEST_CASE("what cannot run yet is refused by name") {
      "c.yaml:2:20: parallel.tensor: 2 is not supported yet in this build; write 1"},
     {"nodes: [{host: far, launch: ssh}]\n",
      "c.yaml:2:29: nodes[0].launch: ssh is not supported yet in this build; write local or join"},
-    {"nodes: [{devices: ['cuda:1']}]\n",
-     "c.yaml:2:20: nodes[0].devices[0]: cuda:1 is not supported yet in this build; write cpu"},
   });
   CHECK(
     problems_in("model: {path: 'random:a.json'}")

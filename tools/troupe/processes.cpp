@@ -1,5 +1,6 @@
 #include "commands.hpp"
 
+#include "troupe/actors/gpu.hpp"
 #include "troupe/actors/runtime.hpp"
 #include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
@@ -122,6 +123,19 @@ void add_processes(CLI::App& app, command& run) {
       options.log_level = arguments->log_level;
       options.heartbeat_ms = arguments->heartbeat_ms;
       return actors::run_node(std::move(options), arguments->process.pulse_fd);
+    };
+  });
+
+  auto* keeper =
+    declare(app, "keeper", "Owner of a GPU's memory, which computes nothing", arguments);
+  auto keeping = std::make_shared<actors::keeper_options>();
+  keeper->add_option("--name", arguments->name, "NODE/keeper-N")->required();
+  keeper->add_option("--device", keeping->device, "number of the GPU")->required();
+  keeper->add_option("--address", keeping->address, "where workers reach it")->required();
+  keeper->callback([arguments, keeping, &run] {
+    run = [arguments, keeping] {
+      begin(*arguments, arguments->name);
+      return actors::run_keeper(*keeping);
     };
   });
 

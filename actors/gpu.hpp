@@ -1,0 +1,49 @@
+#pragma once
+
+#include "troupe/base/error.hpp"
+#include "troupe/kernels/ops.hpp"
+#include "troupe/memory/pulse_page.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+namespace troupe::actors {
+
+/// A GPU as a worker uses it: it computes there, and what must outlive it, weights and KV pages, is
+/// mapped from the GPU's keeper (memory/keeper.hpp). A worker that takes another's place finds both
+/// as they were. In a build without CUDA nothing of this can be opened, and the error says so.
+///
+/// Used by one thread at a time. What it gives out may outlive it.
+class gpu {
+public:
+  virtual ~gpu() = default;
+
+  /// Opens `device` ("cuda:0") and connects to its keeper. Errors: invalid_config when this host,
+  /// or this build, has no such GPU; unavailable when no keeper answers.
+  static expected<std::shared_ptr<gpu>> open(const std::string& device, const std::string& keeper);
+
+  /// Memory for the KV pages of an actor, as the last process that computed for it has left it.
+  virtual expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) = 0;
+
+  /// What a part of a model is loaded with: `load` is called with operations that place its
+  /// weights in kept memory. `content` says which weights they are: those of another content are
+  /// not taken for them. Where a predecessor has left them nothing is copied. `load` is called
+  /// again when what was left turns out to be incomplete.
+  using loading = std::function<expected<void>(std::shared_ptr<kernels::ops>)>;
+  virtual expected<void> load(const std::string& actor, const std::string& content,
+                              const memory::activity& pulse, const loading& load) = 0;
+};
+
+struct keeper_options {
+  std::uint32_t device = 0;
+  std::string address; ///< see memory::keeper_address
+};
+
+/// The life of a keeper process: returns the exit code, `exit_permanent` where there is no such
+/// GPU.
+int run_keeper(const keeper_options& options);
+
+} // namespace troupe::actors
