@@ -1,6 +1,6 @@
 #include "troupe/actors/expert_group.hpp"
 
-#include "troupe/base/fault_point.hpp"
+#include "troupe/actors/injected.hpp"
 
 #include <cstring>
 
@@ -94,8 +94,12 @@ void expert_group::answer(const transport::frame& dispatch) {
   };
   if (asked.epoch() < plane_->epoch())
     return refuse(error_code::stale_epoch);
-  faults::suffer(faults::point::compute, actor_);
+  suffer_computing(*ops_, actor_);
   auto output = compute(dispatch);
+  if (!ops_->failure().empty()) {
+    spdlog::critical("{}: the device failed: {}", actor_, ops_->failure());
+    return quit(caf::sec::runtime_error);
+  }
   if (!output) {
     spdlog::error("{}: {}", actor_, output.error().text());
     return refuse(output.error().code);

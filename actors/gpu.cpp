@@ -111,8 +111,12 @@ private:
 
 class cuda_gpu final : public gpu {
 public:
-  cuda_gpu(std::int32_t device, memory::keeper_client keeper)
-    : device_(device), keeper_(std::make_shared<memory::keeper_client>(std::move(keeper))) {}
+  cuda_gpu(std::string name, std::int32_t device, memory::keeper_client keeper)
+    : name_(std::move(name)),
+      device_(device),
+      keeper_(std::make_shared<memory::keeper_client>(std::move(keeper))) {}
+
+  const std::string& name() const override { return name_; }
 
   expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) override {
     auto granted = keeper_->open(actor + "/kv", "", bytes);
@@ -159,6 +163,7 @@ public:
   }
 
 private:
+  std::string name_;
   std::int32_t device_;
   std::shared_ptr<memory::keeper_client> keeper_;
 };
@@ -186,10 +191,14 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
   auto index = index_of(device);
   if (!index)
     return tl::unexpected(index.error());
+  // The first use of a GPU makes the process its context: here, and not when work waits.
+  std::string why;
+  if (!kernels::cuda::make_cuda_ops(*index, why))
+    return fail(error_code::internal, why, "nvidia-smi and dmesg say more");
   auto client = memory::keeper_client::connect(keeper, keeper_patience);
   if (!client)
     return tl::unexpected(client.error());
-  return std::make_shared<cuda_gpu>(*index, std::move(*client));
+  return std::make_shared<cuda_gpu>(device, *index, std::move(*client));
 }
 
 int run_keeper(const keeper_options& options) {

@@ -21,9 +21,13 @@ class gpu {
 public:
   virtual ~gpu() = default;
 
-  /// Opens `device` ("cuda:0") and connects to its keeper. Errors: invalid_config when this host,
+  /// Opens `device` ("cuda:0"), which takes a few tenths of a second, and connects to its keeper.
+  /// Errors: invalid_config when this host,
   /// or this build, has no such GPU; unavailable when no keeper answers.
   static expected<std::shared_ptr<gpu>> open(const std::string& device, const std::string& keeper);
+
+  /// "cuda:0".
+  virtual const std::string& name() const = 0;
 
   /// Memory for the KV pages of an actor, as the last process that computed for it has left it.
   virtual expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) = 0;

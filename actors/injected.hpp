@@ -1,6 +1,7 @@
 #pragma once
 
 #include "troupe/base/fault_point.hpp"
+#include "troupe/kernels/ops.hpp"
 
 #include <chrono>
 #include <optional>
@@ -10,6 +11,17 @@
 #include <caf/all.hpp>
 
 namespace troupe::actors {
+
+/// Carries out what a drill wants to happen when `actor` begins to compute with `ops`.
+inline void suffer_computing(kernels::ops& ops, std::string_view actor) {
+  auto fault = faults::hit(faults::point::compute, actor);
+  if (!fault) [[likely]]
+    return;
+  if (fault->what == faults::kind::device_error)
+    ops.break_down();
+  else
+    faults::carry_out(*fault);
+}
 
 /// What a drill does to the control messages that an actor takes: drop, delay, duplicate,
 /// reorder. One member of the actor for each point; belongs to the actor's thread.

@@ -93,6 +93,10 @@ void node_supervisor::carry_out(const policy::kill_process& what) {
 }
 
 void node_supervisor::carry_out(policy::assign& what) {
+  if (what.assignment.name().empty() && !keepers_.empty()) // a standby: every GPU in turn
+    what.assignment.set_device(
+      std::next(keepers_.begin(), static_cast<std::ptrdiff_t>(num_standbys_++ % keepers_.size()))
+        ->first);
   if (auto keeper = keepers_.find(what.assignment.device()); keeper != keepers_.end())
     what.assignment.set_keeper(keeper->second);
   for (const auto& actor : what.assignment.actors()) {

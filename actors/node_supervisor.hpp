@@ -93,6 +93,7 @@ private:
   std::map<std::string, child> running_;       ///< by the policy's name for the process
   std::map<std::string, memory::segment> kv_;  ///< by actor; of those on CPUs
   std::map<std::string, std::string> keepers_; ///< where those of the GPUs listen, by device
+  std::size_t num_standbys_ = 0;               ///< that were told to prepare, so far
   time_point last_heartbeat_{};
   std::unique_ptr<child_processes> children_;
 };

@@ -1,6 +1,7 @@
 #include "troupe/actors/stage.hpp"
 
 #include "troupe/actors/convert.hpp"
+#include "troupe/actors/injected.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -171,9 +172,14 @@ stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
-    faults::suffer(faults::point::compute, traits_.actor);
+    suffer_computing(*ops_, traits_.actor);
     auto result = work_on(work);
     traits_.pulse.idle();
+    if (!ops_->failure().empty()) {
+      // Whatever came of it is worth nothing. The step is computed again by the next process.
+      spdlog::critical("{}: the device failed: {}", traits_.actor, ops_->failure());
+      return quit(caf::sec::runtime_error);
+    }
     send(asker, std::move(result));
   }};
 }

@@ -123,12 +123,12 @@ void worker::take_view() {
 }
 
 /// Preparing and loading read files: on threads of their own.
-void worker::prepare(const proto::ClusterPlan& plan) {
+void worker::prepare(const proto::WorkerAssignment& assignment) {
   preparing_ = true;
   auto self = caf::actor_cast<worker_local>(this);
-  system().spawn<caf::detached>([self, plan](caf::event_based_actor*) {
+  system().spawn<caf::detached>([self, assignment](caf::event_based_actor*) {
     load_outcome outcome;
-    if (auto prepared = prepare_parts(plan))
+    if (auto prepared = prepare_parts(assignment))
       outcome.prepared = std::make_shared<prepared_parts>(std::move(*prepared));
     else
       outcome.failure = std::make_shared<error>(prepared.error());
@@ -157,7 +157,7 @@ void worker::take_assignment(const proto::WorkerAssignment& assignment) {
     return; // of a connection that broke before: this worker is what it is
   if (assignment.name().empty()) {
     if (!preparing_)
-      prepare(assignment.plan());
+      prepare(assignment);
     return;
   }
   if (options_.name != assignment.name()) {
@@ -173,7 +173,7 @@ void worker::take_assignment(const proto::WorkerAssignment& assignment) {
   if (prepared_)
     load();
   else if (!preparing_)
-    prepare(assignment.plan());
+    prepare(assignment);
 }
 
 void worker::fail_to_load(const error& why) {

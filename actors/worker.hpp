@@ -63,7 +63,7 @@ public:
 private:
   void dial_node();
   void take_assignment(const proto::WorkerAssignment& assignment);
-  void prepare(const proto::ClusterPlan& plan);
+  void prepare(const proto::WorkerAssignment& assignment);
   void load();
   void fail_to_load(const error& why);
   void start_actors();

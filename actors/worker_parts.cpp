@@ -1,7 +1,5 @@
 #include "troupe/actors/worker_parts.hpp"
 
-#include "troupe/actors/gpu.hpp"
-
 #include <algorithm>
 #include <chrono>
 
@@ -179,9 +177,17 @@ struct loader {
   }
 };
 
+/// Null for a CPU.
+expected<std::shared_ptr<gpu>> open_device(const proto::WorkerAssignment& assignment) {
+  if (!assignment.device().starts_with("cuda:"))
+    return nullptr;
+  return gpu::open(assignment.device(), assignment.keeper());
+}
+
 } // namespace
 
-expected<prepared_parts> prepare_parts(const proto::ClusterPlan& plan) {
+expected<prepared_parts> prepare_parts(const proto::WorkerAssignment& assignment) {
+  const auto& plan = assignment.plan();
   auto config = model::load_model_config(plan.model_path());
   if (!config)
     return tl::unexpected(config.error());
@@ -191,7 +197,11 @@ expected<prepared_parts> prepare_parts(const proto::ClusterPlan& plan) {
   auto plane = data_plane::prepare(plan.transport_interface(), !plan.unprotected());
   if (!plane)
     return tl::unexpected(plane.error());
-  return prepared_parts{std::move(*config), std::move(*weights), std::move(*plane)};
+  auto device = open_device(assignment);
+  if (!device)
+    return tl::unexpected(device.error());
+  return prepared_parts{std::move(*config), std::move(*weights), std::move(*plane),
+                        std::move(*device)};
 }
 
 expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
@@ -207,11 +217,13 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
            std::make_shared<worker_parts>(),
            nullptr};
   l.parts->plane = std::move(prepared.plane);
-  if (assignment.device().starts_with("cuda:")) {
-    auto opened = gpu::open(assignment.device(), assignment.keeper());
-    if (!opened)
-      return tl::unexpected(opened.error());
-    l.device = std::move(*opened);
+  l.device = std::move(prepared.device);
+  if (l.device && l.device->name() != assignment.device()) {
+    // A standby that had prepared for another GPU of its node.
+    auto device = open_device(assignment);
+    if (!device)
+      return tl::unexpected(device.error());
+    l.device = std::move(*device);
   }
   for (const auto& actor : assignment.actors()) {
     auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
@@ -224,7 +236,7 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
 expected<std::shared_ptr<worker_parts>> load_parts(const proto::WorkerAssignment& assignment,
                                                    std::uint64_t incarnation,
                                                    memory::pulse& pulse) {
-  auto prepared = prepare_parts(assignment.plan());
+  auto prepared = prepare_parts(assignment);
   if (!prepared)
     return tl::unexpected(prepared.error());
   return load_parts(std::move(*prepared), assignment, incarnation, pulse);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/gpu.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/page_seals.hpp"
 #include "troupe/memory/pulse_page.hpp"
@@ -49,11 +50,12 @@ struct prepared_parts {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
   std::shared_ptr<data_plane> plane; ///< open, not yet named
+  std::shared_ptr<gpu> device;       ///< null on a CPU
 };
 
-/// Reads the model's configuration, maps its files and opens the transport. Blocks on files; call
-/// it on a thread of its own.
-expected<prepared_parts> prepare_parts(const proto::ClusterPlan& plan);
+/// Reads the model's configuration, maps its files, opens the transport and, where the assignment
+/// names one, the GPU. Blocks on files; call it on a thread of its own.
+expected<prepared_parts> prepare_parts(const proto::WorkerAssignment& assignment);
 
 /// Reads what the assignment asks for: its actors with their weights, and the KV memory of its
 /// stages from the process that owns it. Each actor gets an activity of `pulse`. Blocks on files;

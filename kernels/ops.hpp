@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 /// The one list of operations that a back end implements. A model is written
 /// in terms of these and of nothing else, so a new device is a new
@@ -177,6 +178,16 @@ public:
   /// long as this object; `packed` stays null where there is not that much memory.
   virtual weight_matrix place(const weight_matrix& weight,
                               weight_use use = weight_use::product) = 0;
+
+  /// What the device failed of, for good: from then on results mean nothing, and the process has to
+  /// be replaced. Empty while it works.
+  virtual const std::string& failure() const {
+    static const std::string none;
+    return none;
+  }
+
+  /// For drills: makes the device fail as an illegal access would. A CPU does not.
+  virtual void break_down() {}
 
   /// Copies rows between host memory (dense, activation_type) and the device.
   virtual void copy_to_host(const rows_view& from, void* to) = 0;

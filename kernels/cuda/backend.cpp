@@ -85,6 +85,14 @@ void cuda_ops::synchronise() {
   tick();
 }
 
+void cuda_ops::break_down() {
+  if (begin()) {
+    launch_illegal_access(stream_);
+    launched("an illegal access");
+    synchronise();
+  }
+}
+
 device_memory cuda_ops::memory() const {
   device_memory result;
   cudaSetDevice(gpu_.device());

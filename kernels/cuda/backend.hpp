@@ -74,6 +74,7 @@ public:
 
   void synchronise() override;
   const std::string& failure() const override { return gpu_.failure(); }
+  void break_down() override;
   device_memory memory() const override;
   void* stream() const override { return stream_; }
 

@@ -36,9 +36,6 @@ public:
   /// Waits for everything that was queued.
   virtual void synchronise() = 0;
 
-  /// What the GPU failed of; empty while it works.
-  virtual const std::string& failure() const = 0;
-
   virtual device_memory memory() const = 0;
 
   /// The CUDA stream (cudaStream_t) on which everything is queued.

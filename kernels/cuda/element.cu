@@ -16,6 +16,10 @@ __device__ void store(bf16* at, float value) {
   *at = __float2bfloat16_rn(value);
 }
 
+__global__ void write_to_nowhere(volatile int* nowhere) {
+  *nowhere = 1;
+}
+
 __global__ void embed(const void* table, bool is_float, std::int64_t num_cols,
                       const std::int32_t* ids, rows_of_bf16 out) {
   const auto row = std::int64_t{ids[blockIdx.x]};
@@ -282,6 +286,10 @@ void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const s
     combine<<<grid_of(part), kThreads, 0, stream>>>(expert_out, rows + at, weights + at, top_k,
                                                     slice(shared, first, count), part);
   });
+}
+
+void launch_illegal_access(cudaStream_t stream) {
+  write_to_nowhere<<<1, 1, 0, stream>>>(nullptr);
 }
 
 void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found) {

@@ -25,7 +25,8 @@ enum class point : std::uint8_t {
   message_receive, ///< an actor takes a control message of a peer: drop delay duplicate reorder
   message_reply,   ///< the effect is there and the answer leaves: drop
   connect,         ///< a control connection is dialled (the peer is its address): fail
-  compute,         ///< a stage or expert group begins a computation: busy_loop, deadlock, delay
+  compute,         ///< a stage or expert group begins a computation: busy_loop, deadlock, delay,
+                   ///< device_error
   activation,      ///< what it computed: poison (NaN), flip_bit
   kv_pages,        ///< before a stage reads its KV pages: flip_bit
   allocation,      ///< memory for tensors or KV: fail
@@ -62,8 +63,9 @@ enum class kind : std::uint8_t {
   short_write,
   exit,  ///< ends with exit code 3
   crash, ///< SIGSEGV
+  device_error, ///< an illegal access on a GPU, after which the process cannot use it any more
 };
-inline constexpr std::size_t num_kinds = 18;
+inline constexpr std::size_t num_kinds = 19;
 
 std::string_view to_string(point where);
 std::string_view to_string(kind what);
