@@ -89,10 +89,11 @@ expected<std::uint16_t> publish(caf::actor_system& system, const Handle& actor, 
   return *bound;
 }
 
-/// Sends SIGTERM to this process when an actor ends, so that main's wait is over.
+/// Sends SIGTERM to this process when an actor ends, so that main's wait is over. Whoever watches
+/// has to be kept: an actor that nobody refers to is ended by CAF, whatever it waits for.
 template <class Handle>
-void stop_when_down(caf::actor_system& system, const Handle& actor) {
-  system.spawn<caf::detached>([actor](caf::event_based_actor* self) -> caf::behavior {
+[[nodiscard]] caf::actor stop_when_down(caf::actor_system& system, const Handle& actor) {
+  return system.spawn<caf::detached>([actor](caf::event_based_actor* self) -> caf::behavior {
     self->set_down_handler([self](caf::down_msg& down) {
       if (down.reason)
         spdlog::critical("the root actor ended: {}", self->system().render(down.reason));
@@ -207,7 +208,7 @@ int run_controller(const controller_options& options) {
                       config->network.bind);
   if (!port)
     leave(not_started(startup_fd, port.error()));
-  stop_when_down(system, supervisor);
+  const auto watch = stop_when_down(system, supervisor);
   spdlog::info("the controller listens on {}:{}", config->network.bind, *port);
   report_started(startup_fd, *port);
   wait_for_stop_signal();
@@ -261,7 +262,7 @@ int run_frontend(const frontend_options& options) {
   caf::anon_send(door, start_atom::value);
   knock_at(**pulse, door);
   ready->set_value(door);
-  stop_when_down(system, door);
+  const auto watch = stop_when_down(system, door);
   report_started(options.process.startup_fd, port);
   wait_for_stop_signal();
   (*server)->stop(drain_time);
@@ -282,7 +283,7 @@ int run_node(node_options options, int pulse_fd) {
     leave(not_started(-1, port.error()));
   caf::anon_send(supervisor, start_atom::value, *port);
   knock_at(**pulse, supervisor);
-  stop_when_down(system, supervisor);
+  const auto watch = stop_when_down(system, supervisor);
   wait_for_stop_signal();
   caf::scoped_actor self{system};
   caf::anon_send(supervisor, stop_atom::value);
@@ -305,7 +306,7 @@ int run_worker(worker_options options, std::uint32_t heartbeat_ms, int pulse_fd)
     leave(not_started(-1, port.error()));
   caf::anon_send(root, start_atom::value, *port);
   knock_at(**pulse, root);
-  stop_when_down(system, root);
+  const auto watch = stop_when_down(system, root);
   wait_for_stop_signal();
   leave(exit_code->load());
 }

@@ -181,13 +181,11 @@ public:
 
   /// What the device failed of, for good: from then on results mean nothing, and the process has to
   /// be replaced. Empty while it works.
-  virtual const std::string& failure() const {
-    static const std::string none;
-    return none;
-  }
+  virtual const std::string& failure() const = 0;
 
-  /// For drills: makes the device fail as an illegal access would. A CPU does not.
-  virtual void break_down() {}
+  /// For drills: makes the device fail. A GPU by an access to memory that is not there; a CPU says
+  /// that it has failed.
+  virtual void break_down() = 0;
 
   /// Copies rows between host memory (dense, activation_type) and the device.
   virtual void copy_to_host(const rows_view& from, void* to) = 0;

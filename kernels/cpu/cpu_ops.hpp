@@ -22,6 +22,8 @@ public:
           std::atomic<std::uint64_t>* progress = nullptr);
 
   const char* description() const override { return description_.c_str(); }
+  const std::string& failure() const override { return failure_; }
+  void break_down() override { failure_ = "a drill broke the device"; }
   element_type activation_type() const override { return element_type::f32; }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
   weight_matrix place(const weight_matrix& weight, weight_use) override { return weight; }
@@ -117,6 +119,7 @@ private:
 
   const kernel_table& kernels_;
   std::string description_;
+  std::string failure_;
   std::atomic<std::uint64_t> unwatched_{0};
   std::atomic<std::uint64_t>* progress_;
   thread_pool pool_;

@@ -386,6 +386,21 @@ TEST_CASE("names, addresses and devices") {
   });
 }
 
+TEST_CASE("GPUs are named, and the devices of a cluster are of one kind") {
+  const auto loaded = config::parse(
+    model_line + "nodes: [{devices: ['cuda:1', 'cuda:0']}, {devices: ['cuda:0']}]\n", file_name);
+  REQUIRE(loaded);
+  CHECK(loaded->nodes[0].devices[0].name() == "cuda:1");
+  CHECK(loaded->nodes[0].devices[1].kind == config::device_kind::cuda);
+  check_refusals({
+    {"nodes: [{devices: ['cuda:1', 'cuda:1']}]\n",
+     "c.yaml:2:30: nodes[0].devices[1]: cuda:1 is there twice; name every GPU once"},
+    {"nodes: [{name: a, devices: ['cuda:1']}, {name: b, devices: [cpu]}]\n",
+     "c.yaml:2:8: nodes: cuda:1 of a and cpu:0 of b do not compute alike; write only GPUs or only "
+     "CPUs"},
+  });
+}
+
 TEST_CASE("what cannot run yet is refused by name") {
   check_refusals({
     {"parallel: {tensor: 2}\n",

@@ -69,6 +69,18 @@ TEST_CASE("a drill kills a stage, and every answer is golden") {
   CHECK_THAT(result.output, Catch::Contains("kill replica-0/stage-1"));
 }
 
+TEST_CASE("a process whose device failed ends by itself and is replaced") {
+  temporary_directory work;
+  // The drill's own checks say that nobody had to wait until its pulse was missed.
+  auto result = drill({drill_file("device-error"), "--runs", "2", "--streams", "8"}, work);
+  INFO(result.output);
+  CHECK(result.code == 0);
+  REQUIRE(result.figures.is_object());
+  REQUIRE(result.figures["runs"].size() == 2);
+  for (const auto& run : result.figures["runs"])
+    CHECK(run["recoveries"].size() == 1);
+}
+
 TEST_CASE("several drills in one call make one table") {
   temporary_directory work;
   auto result = drill({drill_file("same-worker-twice"), drill_file("expert-group-killed"), "--runs",

@@ -11,7 +11,6 @@
 #include <random>
 #include <sstream>
 
-
 using namespace troupe;
 using recovery::journal;
 using testing::temporary_directory;
@@ -68,7 +67,8 @@ struct faulty_disk {
   faults::board rules;
   std::size_t number = 0;
 
-  faulty_disk(const temporary_directory& dir, faults::kind what, const std::string& name, std::uint32_t count)
+  faulty_disk(const temporary_directory& dir, faults::kind what, const std::string& name,
+              std::uint32_t count)
     : file(dir.path() / "board"), rules(std::move(faults::board::create(file).value())) {
     ::setenv(faults::board::variable, rules.value().c_str(), 1);
     REQUIRE(faults::arm());

@@ -61,6 +61,8 @@ struct node {
     std::string actors;
     for (const auto& actor : a.actors())
       actors += " " + actor.id();
+    if (!a.device().empty())
+      actors += " on " + a.device();
     log.push_back(a.name().empty() ? "prepare " + what.process
                                    : fmt::format("assign {} as {}#{}{}", what.process, a.name(),
                                                  a.incarnation(), actors));

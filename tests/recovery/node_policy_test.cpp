@@ -2,6 +2,8 @@
 
 #include "troupe/recovery/restart_policy.hpp"
 
+#include <algorithm>
+
 using namespace troupe;
 using namespace troupe::test;
 using recovery::restart_policy;
@@ -33,6 +35,28 @@ TEST_CASE("a worker is started with memory, told what it is, and reported as it 
   CHECK(n.done() == steps{"report node-0/worker-0#1 LOADING", "report node-0/worker-0#1 RUNNING"});
   CHECK(n.last.worker().port() == 4000);
   CHECK(n.last.worker().pid() == 77);
+}
+
+TEST_CASE("a process is told its device, which a standby learns from the one that it replaces") {
+  node n;
+  n.plan(0, {0});
+  n.assignment.mutable_known(0)->mutable_plan()->set_device("cuda:3");
+  n.assignment.mutable_plan()->set_standbys(1);
+  n.assign();
+  REQUIRE(n.greet("node-0/worker-0", 1));
+  n.say("node-0/worker-0", 1, proto::RUNNING);
+  REQUIRE(n.greet("node-0/standby-0", 1));
+  n.say("node-0/standby-0", 1, proto::RUNNING);
+  const auto before = n.done();
+  CHECK(std::count(before.begin(), before.end(),
+                   "assign node-0/worker-0#1 as node-0/worker-0#1 replica-0/stage-0 on cuda:3")
+        == 1);
+  n.carry_out(
+    n.policy.process_exited({"node-0/worker-0#1", "killed by signal 9", "", n.now}, n.now));
+  const auto after = n.done();
+  CHECK(std::count(after.begin(), after.end(),
+                   "assign node-0/standby-0#1 as node-0/worker-0#2 replica-0/stage-0 on cuda:3")
+        == 1);
 }
 
 TEST_CASE("a node without an assignment starts nothing") {
