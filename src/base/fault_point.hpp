@@ -61,8 +61,8 @@ enum class kind : std::uint8_t {
   no_space,
   io_error,
   short_write,
-  exit,  ///< ends with exit code 3
-  crash, ///< SIGSEGV
+  exit,         ///< ends with exit code 3
+  crash,        ///< SIGSEGV
   device_error, ///< an illegal access on a GPU, after which the process cannot use it any more
 };
 inline constexpr std::size_t num_kinds = 19;

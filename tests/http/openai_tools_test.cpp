@@ -36,10 +36,10 @@ class family {
 public:
   explicit family(const std::string& name) : served_(mini_model()) {
     const testing::temporary_directory dir;
-    dir.write("chat_template.jinja",
-              name == "only_without_content" ? only_without_content
-              : name == "dated" ? "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
-                                : read_text(data_dir + "templates/" + name + ".jinja"));
+    dir.write("chat_template.jinja", name == "only_without_content" ? only_without_content
+                                     : name == "dated"
+                                       ? "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+                                       : read_text(data_dir + "templates/" + name + ".jinja"));
     dir.write("tokenizer_config.json", R"({"bos_token": "<bos>"})");
     auto loaded = model::chat_renderer::load(dir.path());
     if (!loaded)
