@@ -22,8 +22,8 @@ public:
   virtual ~gpu() = default;
 
   /// Opens `device` ("cuda:0"), which takes a few tenths of a second, and connects to its keeper.
-  /// Errors: invalid_config when this host,
-  /// or this build, has no such GPU; unavailable when no keeper answers.
+  /// Errors: invalid_config when this host, or this build, has no such GPU; unavailable when no
+  /// keeper answers.
   static expected<std::shared_ptr<gpu>> open(const std::string& device, const std::string& keeper);
 
   /// "cuda:0".

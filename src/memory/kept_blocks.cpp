@@ -9,7 +9,9 @@ expected<kept_blocks::grant> kept_blocks::open(user who, const std::string& name
   auto found = blocks_.find(name);
   if (found != blocks_.end()
       && (found->second.content != content || found->second.bytes != bytes)) {
-    // Whoever still uses it is about to be replaced: the handle that it has stays valid for it.
+    // Memory that a process still maps must not go back to the device under it.
+    if (!found->second.users.empty())
+      replaced_.push_back(std::move(found->second));
     blocks_.erase(found);
     found = blocks_.end();
   }
@@ -48,6 +50,9 @@ void kept_blocks::close(user who) {
   for (auto& [name, b] : blocks_)
     if (b.users.erase(who) > 0)
       b.last_used = clock_;
+  for (auto& b : replaced_)
+    b.users.erase(who);
+  std::erase_if(replaced_, [](const block& b) { return b.users.empty(); });
 }
 
 bool kept_blocks::give_up_oldest() {
@@ -65,6 +70,8 @@ bool kept_blocks::give_up_oldest() {
 std::size_t kept_blocks::bytes() const {
   std::size_t sum = 0;
   for (const auto& [name, b] : blocks_)
+    sum += b.bytes;
+  for (const auto& b : replaced_)
     sum += b.bytes;
   return sum;
 }

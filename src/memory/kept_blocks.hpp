@@ -9,6 +9,8 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace troupe::memory {
 
@@ -41,7 +43,8 @@ public:
   };
 
   /// The block of this name and content, new if there is none, and from now on in use by `who`. A
-  /// block of that name that holds something else, or is of another size, is given up. When memory
+  /// block of that name that holds something else, or is of another size, is given up with its last
+  /// user. When memory
   /// runs out, blocks that nobody uses are given up, the longest unused first.
   /// Errors: resource_exhausted, with numbers.
   expected<grant> open(user who, const std::string& name, const std::string& content,
@@ -70,7 +73,8 @@ private:
 
   device_allocator allocate_;
   std::map<std::string, block> blocks_;
-  std::uint64_t clock_ = 0; ///< counts ends of users
+  std::vector<block> replaced_; ///< by others of their name, and still in use
+  std::uint64_t clock_ = 0;     ///< counts ends of users
 };
 
 } // namespace troupe::memory

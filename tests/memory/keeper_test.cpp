@@ -125,8 +125,13 @@ TEST_CASE("a block of other content or size is a new one, and the old memory com
   kept_blocks blocks(device.allocator());
   CHECK(open(blocks, 1, "a", "x", 60) == "block 1");
   CHECK(blocks.seal(1, "a"));
-  CHECK(open(blocks, 2, "a", "y", 60) == "block 2");
-  CHECK(open(blocks, 2, "a", "y", 70) == "block 3");
+  CHECK(open(blocks, 2, "a", "y", 30) == "block 2");
+  CHECK(blocks.bytes() == 90);
+  CHECK(device.used() == 90); // the first user still maps its own
+  blocks.close(1);
+  CHECK(device.used() == 30);
+  blocks.close(2);
+  CHECK(open(blocks, 3, "a", "y", 70) == "block 3");
   CHECK(device.used() == 70);
 }
 
