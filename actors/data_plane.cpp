@@ -39,15 +39,15 @@ private:
 
 } // namespace
 
-void reply_box::put(frame_ptr reply) {
+void frame_box::put(frame_ptr arrived) {
   {
     std::lock_guard lock(mutex_);
-    replies_.push_back(std::move(reply));
+    frames_.push_back(std::move(arrived));
   }
   changed_.notify_one();
 }
 
-void reply_box::nudge() {
+void frame_box::nudge() {
   {
     std::lock_guard lock(mutex_);
     nudged_ = true;
@@ -55,13 +55,18 @@ void reply_box::nudge() {
   changed_.notify_one();
 }
 
-bool reply_box::take(std::vector<frame_ptr>& out, time_point deadline) {
+bool frame_box::is_ready() const {
+  std::lock_guard lock(mutex_);
+  return nudged_ || !frames_.empty();
+}
+
+bool frame_box::take(std::vector<frame_ptr>& out, time_point deadline) {
   out.clear();
   std::unique_lock lock(mutex_);
-  if (!changed_.wait_until(lock, deadline, [this] { return nudged_ || !replies_.empty(); }))
+  if (!changed_.wait_until(lock, deadline, [this] { return nudged_ || !frames_.empty(); }))
     return false;
   nudged_ = false;
-  out.swap(replies_);
+  out.swap(frames_);
   return true;
 }
 
@@ -127,8 +132,13 @@ void data_plane::route_dispatch(std::uint32_t group, std::function<void(frame_pt
 }
 
 void data_plane::route_replies(std::uint32_t replica, std::uint32_t stage,
-                               std::shared_ptr<reply_box> box) {
+                               std::shared_ptr<frame_box> box) {
   boxes_[{replica, stage}] = std::move(box);
+}
+
+bool data_plane::wait(frame_box& box, std::vector<frame_ptr>& out, time_point deadline) {
+  endpoint_->drive([&box] { return box.is_ready(); }, deadline);
+  return box.take(out, deadline);
 }
 
 void data_plane::deliver(frame_ptr arrived) {
@@ -159,6 +169,7 @@ void data_plane::deliver(frame_ptr arrived) {
 void data_plane::nudge_all() {
   for (auto& [key, box] : boxes_)
     box->nudge();
+  endpoint_->interrupt();
 }
 
 void data_plane::lose(const std::string& worker, std::uint64_t incarnation) {

@@ -21,24 +21,27 @@ namespace troupe::actors {
 
 using frame_ptr = std::shared_ptr<transport::frame>;
 
-/// Replies for one waiting thread, filled by the progress thread.
-class reply_box {
+/// Frames for one waiting thread, filled by whoever hears them.
+class frame_box {
 public:
   using time_point = std::chrono::steady_clock::time_point;
 
-  void put(frame_ptr reply);
+  void put(frame_ptr arrived);
 
-  /// Wakes the waiting thread without a reply: peers or epoch have changed.
+  /// Wakes the waiting thread without a frame: peers or epoch have changed.
   void nudge();
 
-  /// Takes all replies into `out` (cleared first). Waits for one, for a nudge since the last
+  /// There is a frame, or was a nudge since the last `take`.
+  bool is_ready() const;
+
+  /// Takes all frames into `out` (cleared first). Waits for one, for a nudge since the last
   /// call, or for the deadline. False: the deadline passed.
   bool take(std::vector<frame_ptr>& out, time_point deadline);
 
 private:
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<frame_ptr> replies_;
+  std::vector<frame_ptr> frames_;
   bool nudged_ = false;
 };
 
@@ -98,11 +101,15 @@ public:
   std::string address() const;
 
   /// Sets where frames go that are addressed to an actor of this process. Handlers run on
-  /// the progress thread and must not block.
+  /// the thread that drives the transport and must not block.
   void route_boundary(std::uint32_t replica, std::uint32_t stage,
                       std::function<void(frame_ptr)> handler);
   void route_dispatch(std::uint32_t group, std::function<void(frame_ptr)> handler);
-  void route_replies(std::uint32_t replica, std::uint32_t stage, std::shared_ptr<reply_box> box);
+  void route_replies(std::uint32_t replica, std::uint32_t stage, std::shared_ptr<frame_box> box);
+
+  /// As `box.take`. Where nobody else waits so, the calling thread drives the transport meanwhile
+  /// and hears the frames itself; they are handed to routes of other actors too, on this thread.
+  bool wait(frame_box& box, std::vector<frame_ptr>& out, time_point deadline);
 
   /// Connects to the peers of a newer view and forgets those that are gone.
   void take_view(const proto::ClusterView& view);
@@ -151,7 +158,7 @@ private:
   std::string name_;
   std::map<std::pair<std::uint32_t, std::uint32_t>, std::function<void(frame_ptr)>> boundaries_;
   std::map<std::uint32_t, std::function<void(frame_ptr)>> dispatches_;
-  std::map<std::pair<std::uint32_t, std::uint32_t>, std::shared_ptr<reply_box>> boxes_;
+  std::map<std::pair<std::uint32_t, std::uint32_t>, std::shared_ptr<frame_box>> boxes_;
 
   mutable std::mutex mutex_; // guards what follows; held for look-ups and view changes only
   std::uint64_t epoch_ = 0;

@@ -2,6 +2,7 @@
 
 #include "troupe/actors/injected.hpp"
 
+#include <chrono>
 #include <cstring>
 
 #include <fmt/format.h>
@@ -10,6 +11,9 @@
 namespace troupe::actors {
 
 namespace {
+
+/// How long the thread waits on the transport; its mailbox waits so long at most.
+constexpr auto listening_time = std::chrono::milliseconds(20);
 
 /// Device memory of at least `bytes`, grown when a larger dispatch than any before comes. Null if
 /// there is not that much.
@@ -23,15 +27,35 @@ void* grow(kernels::ops& ops, std::shared_ptr<void>& memory, std::size_t& size, 
 
 } // namespace
 
+bool dispatch_box::offer(const frame_ptr& dispatch) {
+  std::lock_guard lock(mutex_);
+  if (is_open_)
+    frames_.put(dispatch);
+  return is_open_;
+}
+
+void dispatch_box::open() {
+  std::lock_guard lock(mutex_);
+  is_open_ = true;
+}
+
+bool dispatch_box::close() {
+  std::lock_guard lock(mutex_);
+  is_open_ = frames_.is_ready();
+  return !is_open_;
+}
+
 expert_group::expert_group(caf::actor_config& config, std::uint32_t index,
                            std::shared_ptr<data_plane> plane, std::shared_ptr<kernels::ops> ops,
-                           std::shared_ptr<model::expert_group_model> experts, std::string actor,
+                           std::shared_ptr<model::expert_group_model> experts,
+                           std::shared_ptr<dispatch_box> arrivals, std::string actor,
                            memory::activity pulse)
   : expert_group_actor::base(config),
     index_(index),
     plane_(std::move(plane)),
     ops_(std::move(ops)),
     experts_(std::move(experts)),
+    arrivals_(std::move(arrivals)),
     actor_(std::move(actor)),
     pulse_(std::move(pulse)) {}
 
@@ -39,12 +63,13 @@ expected<std::shared_ptr<transport::buffer>>
 expert_group::compute(const transport::frame& dispatch) {
   const auto& header = dispatch.header;
   auto element = kernels::size_of(ops_->activation_type());
+  auto element_on_way = kernels::size_of(ops_->exchange_type());
   std::size_t num_tasks = header.num_tasks();
   std::size_t num_rows = header.num_rows();
   std::size_t num_cols = header.num_cols();
   auto task_bytes = num_tasks * sizeof(kernels::expert_task);
   if (num_cols != static_cast<std::size_t>(experts_->hidden_size())
-      || dispatch.payload.size() != task_bytes + num_rows * num_cols * element)
+      || dispatch.payload.size() != task_bytes + num_rows * num_cols * element_on_way)
     return fail(
       error_code::invalid_request,
       fmt::format("a dispatch of {} rows, {} columns, {} tasks with {} bytes does not add up",
@@ -65,14 +90,14 @@ expert_group::compute(const transport::frame& dispatch) {
       error_code::resource_exhausted,
       fmt::format("no memory for a dispatch of {} rows and {} tasks", num_rows, num_tasks),
       "give the process more memory or send smaller micro-batches");
-  ops_->copy_from_host(dispatch.payload.data() + task_bytes, x);
+  ops_->import_rows(dispatch.payload.data() + task_bytes, x);
   if (auto ran = experts_->run(static_cast<std::int32_t>(header.layer()), x, tasks_, out); !ran)
     return tl::unexpected(ran.error());
-  auto reply = plane_->buffers().take(num_tasks * num_cols * element);
+  auto reply = plane_->buffers().take(num_tasks * num_cols * element_on_way);
   if (!reply)
     return tl::unexpected(reply.error());
   auto result = std::make_shared<transport::buffer>(std::move(*reply));
-  ops_->copy_to_host(out, result->data());
+  ops_->export_rows(out, result->data());
   return result;
 }
 
@@ -115,10 +140,32 @@ void expert_group::answer(const transport::frame& dispatch) {
 
 expert_group::behavior_type expert_group::make_behavior() {
   return {[this](const frame_ptr& dispatch) {
-    pulse_.computing();
-    answer(*dispatch);
-    pulse_.idle();
+    serve(*dispatch);
+    listen();
   }};
+}
+
+void expert_group::serve(const transport::frame& dispatch) {
+  pulse_.computing();
+  answer(dispatch);
+  pulse_.idle();
+}
+
+void expert_group::listen() {
+  arrivals_->open();
+  bool stays = true;
+  do {
+    auto until = std::chrono::steady_clock::now();
+    if (mailbox().empty())
+      until += listening_time;
+    stays = plane_->wait(arrivals_->frames(), arrived_, until) && mailbox().empty();
+    for (const auto& dispatch : arrived_) {
+      serve(*dispatch);
+      if (!ops_->failure().empty())
+        return; // this actor has quit
+    }
+  } while (stays || !arrivals_->close());
+  arrived_.clear();
 }
 
 } // namespace troupe::actors

@@ -5,7 +5,9 @@
 #include "troupe/model/expert_group_model.hpp"
 
 #include <memory>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include <caf/all.hpp>
 
@@ -15,9 +17,32 @@ namespace troupe::actors {
 
 using expert_group_actor = caf::typed_actor<caf::reacts_to<frame_ptr>>;
 
+/// Where dispatches go while the thread of an expert group waits for them on the transport itself
+/// instead of in its mailbox.
+class dispatch_box {
+public:
+  /// Takes the frame if the box is open. False: it belongs into the mailbox.
+  bool offer(const frame_ptr& dispatch);
+
+  void open();
+
+  /// False, and the box stays open, if there are frames to be taken first.
+  bool close();
+
+  frame_box& frames() { return frames_; }
+
+private:
+  std::mutex mutex_;
+  bool is_open_ = false;
+  frame_box frames_;
+};
+
 /// A fixed set of experts of every MoE layer. Lives in a worker, in a thread of its own. Stateless
 /// between calls: when it dies, whoever waits for an answer asks its successor or a copy.
 /// Dispatches of an epoch older than the newest that the worker knows of are refused.
+///
+/// The next layer's dispatch mostly follows within milliseconds, so the thread waits for it on the
+/// transport before it goes back to its mailbox.
 class expert_group : public expert_group_actor::base {
 public:
   /// `index` is the group's number, `actor` its name as planned ("expert-group-0/copy-1"), `pulse`
@@ -25,11 +50,14 @@ public:
   expert_group(caf::actor_config& config, std::uint32_t index, std::shared_ptr<data_plane> plane,
                std::shared_ptr<kernels::ops> ops,
                std::shared_ptr<model::expert_group_model> experts,
-               std::string actor = "expert-group", memory::activity pulse = {});
+               std::shared_ptr<dispatch_box> arrivals, std::string actor = "expert-group",
+               memory::activity pulse = {});
 
   behavior_type make_behavior() override;
 
 private:
+  void serve(const transport::frame& dispatch);
+  void listen();
   void answer(const transport::frame& dispatch);
   expected<std::shared_ptr<transport::buffer>> compute(const transport::frame& dispatch);
 
@@ -37,6 +65,8 @@ private:
   std::shared_ptr<data_plane> plane_;
   std::shared_ptr<kernels::ops> ops_;
   std::shared_ptr<model::expert_group_model> experts_;
+  std::shared_ptr<dispatch_box> arrivals_;
+  std::vector<frame_ptr> arrived_;
   std::string actor_;
   memory::activity pulse_;
   std::vector<kernels::expert_task> tasks_;

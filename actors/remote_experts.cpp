@@ -23,7 +23,7 @@ remote_experts::remote_experts(std::shared_ptr<data_plane> plane, kernels::ops& 
     limits_(limits),
     call_patience_(limits.timeout),
     pulse_(std::move(pulse)),
-    box_(std::make_shared<reply_box>()),
+    box_(std::make_shared<frame_box>()),
     calls_(plan_.num_groups()),
     copies_(plan_.num_groups()),
     // A reply to an earlier incarnation of this stage must not match a call of this one.
@@ -38,7 +38,7 @@ expected<void> remote_experts::begin(std::int32_t layer, const kernels::rows_vie
   ++call_;
   layer_ = layer;
   num_cols_ = x.num_cols;
-  auto row_bytes = kernels::size_of(ops_.activation_type()) * static_cast<std::size_t>(x.num_cols);
+  auto row_bytes = kernels::size_of(ops_.exchange_type()) * static_cast<std::size_t>(x.num_cols);
   for (std::size_t g = 0; g < calls_.size(); ++g) {
     auto work = plan_.work(g);
     auto& call = calls_[g];
@@ -171,13 +171,13 @@ expected<void> remote_experts::take(const transport::frame& reply,
       "see the log of that worker");
   }
   auto wanted = static_cast<std::size_t>(call.num_tasks) * static_cast<std::size_t>(num_cols_)
-                * kernels::size_of(ops_.activation_type());
+                * kernels::size_of(ops_.exchange_type());
   if (reply.payload.size() != wanted)
     return fail(error_code::internal,
                 fmt::format("expert group {} on {} sent {} bytes where {} are due", group,
                             header.sender(), reply.payload.size(), wanted));
-  ops_.copy_from_host(reply.payload.data(), model::slice_rows(expert_out, ops_.activation_type(),
-                                                              call.first_output, call.num_tasks));
+  ops_.import_rows(reply.payload.data(), model::slice_rows(expert_out, ops_.activation_type(),
+                                                           call.first_output, call.num_tasks));
   for (const auto& asked : call.asked)
     if (asked.where.worker == header.sender() && asked.num_times == 1)
       call_patience_.answered(static_cast<std::size_t>(call.num_tasks), now - asked.at);
@@ -207,7 +207,7 @@ expected<void> remote_experts::finish(const kernels::rows_view& expert_out,
   };
   pulse_.waiting();
   while (!is_done()) {
-    bool heard = box_->take(replies_, std::min(deadline, next_wake()));
+    bool heard = plane_->wait(*box_, replies_, std::min(deadline, next_wake()));
     now = std::chrono::steady_clock::now();
     if (!heard && now >= deadline)
       return fail(error_code::deadline_exceeded,

@@ -79,7 +79,7 @@ private:
   call_limits limits_;
   recovery::call_patience call_patience_;
   memory::activity pulse_;
-  std::shared_ptr<reply_box> box_;
+  std::shared_ptr<frame_box> box_;
   std::vector<group_call> calls_;
   std::vector<std::vector<data_plane::copy>> copies_; ///< by group, as of seen_changes_
   std::vector<recovery::callee> callees_;

@@ -106,11 +106,14 @@ void worker::start_actors() {
     stages_.emplace(key, handle);
   }
   for (auto& g : parts_->expert_groups) {
+    auto arrivals = std::make_shared<dispatch_box>();
     auto handle = spawn<expert_group, caf::detached>(g.plan.index(), plane, g.ops, g.experts,
-                                                     g.plan.id(), g.pulse);
+                                                     arrivals, g.plan.id(), g.pulse);
     monitor(handle);
-    plane->route_dispatch(
-      g.plan.index(), [handle](frame_ptr arrived) { caf::anon_send(handle, std::move(arrived)); });
+    plane->route_dispatch(g.plan.index(), [handle, arrivals](frame_ptr arrived) {
+      if (!arrivals->offer(arrived))
+        caf::anon_send(handle, std::move(arrived));
+    });
   }
 }
 

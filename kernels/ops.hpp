@@ -43,8 +43,9 @@ struct weight_matrix {
 };
 
 /// How the CPU rounds activations before a product with a weight. `exact` keeps them in float32;
-/// `fast` rounds them to bf16 or, where weights are i8, to 8 bit by group, and keeps keys and
-/// values in bf16. Sums are in float32 (within a group of 8 bit: exact) either way.
+/// `fast` rounds them to bf16 or, where weights are i8, to 8 bit by group, rounds what experts read
+/// and give to bf16, and keeps keys and values in bf16. Sums are in float32 (within a group of 8
+/// bit: exact) either way.
 enum class numerics : std::uint8_t { exact, fast };
 
 /// What a weight is for.
@@ -190,6 +191,14 @@ public:
   /// Copies rows between host memory (dense, activation_type) and the device.
   virtual void copy_to_host(const rows_view& from, void* to) = 0;
   virtual void copy_from_host(const void* from, const rows_view& to) = 0;
+
+  /// The type in which rows travel to experts in other processes and back. `experts` rounds what it
+  /// reads and what it gives to it, so that nothing depends on which experts are elsewhere.
+  virtual element_type exchange_type() const { return activation_type(); }
+
+  /// Copies rows between host memory (dense, exchange_type) and the device.
+  virtual void export_rows(const rows_view& from, void* to) { copy_to_host(from, to); }
+  virtual void import_rows(const void* from, const rows_view& to) { copy_from_host(from, to); }
 
   /// out[i] = table[ids[i]]. Ids must be in range.
   virtual void embed(const weight_matrix& table, std::span<const std::int32_t> ids,

@@ -8,6 +8,7 @@ namespace troupe::kernels::cpu {
 const fast_table& fast_avx512_kernels() {
   static constexpr fast_table table{.pack = fast::pack,
                                     .round_row = fast::round_row,
+                                    .widen_row = fast::widen_row,
                                     .quantise_row = fast::quantise_row,
                                     .multiply = fast::multiply,
                                     .pack_queries = fast::pack_queries,

@@ -396,7 +396,7 @@ void fast_ops::mlp(const rows_view& x, const expert_weights& w, const rows_view&
   for (std::int32_t m = 0; m < x.num_rows; ++m) {
     own_tasks_.push_back({m, 0});
   }
-  experts(x, own_tasks_, {&w, 1}, out);
+  run_experts(x, own_tasks_, {&w, 1}, out);
 }
 
 void fast_ops::experts_one_by_one(const rows_view& x, std::span<const expert_task> tasks,
@@ -465,11 +465,73 @@ void fast_ops::run_items(Work&& work) {
   });
 }
 
+void fast_ops::round_halves(const float* x, std::int32_t count, std::uint16_t* out) const {
+  if (fast_ != nullptr) {
+    fast_->round_row(x, count, count, out);
+  } else {
+    std::transform(x, x + count, out, bf16_bits);
+  }
+}
+
+void fast_ops::widen_halves(const std::uint16_t* x, std::int32_t count, float* out) const {
+  if (fast_ != nullptr) {
+    fast_->widen_row(x, count, out);
+  } else {
+    std::transform(x, x + count, out, bf16_value);
+  }
+}
+
+void fast_ops::round_floats(const float* x, std::int32_t count, float* out) const {
+  constexpr std::int32_t most = 512;
+  std::uint16_t halves[most];
+  for (std::int32_t first = 0; first < count; first += most) {
+    const std::int32_t part = std::min(most, count - first);
+    round_halves(x + first, part, halves);
+    widen_halves(halves, part, out + first);
+  }
+}
+
+void fast_ops::export_rows(const rows_view& from, void* to) {
+  auto* halves = static_cast<std::uint16_t*>(to);
+  for_rows(from.num_rows, from.num_cols, [&](std::int32_t m, std::int32_t) {
+    round_halves(row_of(from, m), from.num_cols, halves + std::int64_t{m} * from.num_cols);
+  });
+}
+
+void fast_ops::import_rows(const void* from, const rows_view& to) {
+  const auto* halves = static_cast<const std::uint16_t*>(from);
+  for_rows(to.num_rows, to.num_cols, [&](std::int32_t m, std::int32_t) {
+    widen_halves(halves + std::int64_t{m} * to.num_cols, to.num_cols, row_of(to, m));
+  });
+}
+
 void fast_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
                        std::span<const expert_weights> experts, const rows_view& out) {
   if (tasks.empty()) {
     return;
   }
+  // Rows that are rounded to bf16 for the products need it no sooner.
+  const expert_weights& sample = experts[tasks[0].expert];
+  const packed_weight* packed = packed_of(sample.gate);
+  const bool is_i8 =
+    packed != nullptr ? packed->kind == packed_kind::i8 : sample.gate.type == element_type::i8;
+  rows_view input = x;
+  if (is_i8) {
+    input.data = exchanged_.take(std::int64_t{x.num_rows} * x.num_cols);
+    input.stride = x.num_cols;
+    for_rows(x.num_rows, x.num_cols, [&](std::int32_t m, std::int32_t) {
+      round_floats(row_of(x, m), x.num_cols, row_of(input, m));
+    });
+  }
+  run_experts(input, tasks, experts, out);
+  for_rows(static_cast<std::int32_t>(tasks.size()), out.num_cols,
+           [&](std::int32_t m, std::int32_t) {
+             round_floats(row_of(out, m), out.num_cols, row_of(out, m));
+           });
+}
+
+void fast_ops::run_experts(const rows_view& x, std::span<const expert_task> tasks,
+                           std::span<const expert_weights> experts, const rows_view& out) {
   const auto num_tasks = static_cast<std::int32_t>(tasks.size());
   const expert_weights& sample = experts[tasks[0].expert];
   const packed_weight* in_like = packed_of(sample.gate);

@@ -20,6 +20,9 @@ public:
            std::atomic<std::uint64_t>* progress);
 
   element_type kv_type() const override { return element_type::bf16; }
+  element_type exchange_type() const override { return element_type::bf16; }
+  void export_rows(const rows_view& from, void* to) override;
+  void import_rows(const void* from, const rows_view& to) override;
   weight_matrix place(const weight_matrix& weight, weight_use use) override;
   void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
   void linears(const rows_view& x, std::span<const linear_part> parts) override;
@@ -106,6 +109,14 @@ private:
                     std::int32_t segment_stride);
   void multiply(std::span<const fast_args> products);
   void multiply(const product_cut& cut, std::int32_t item, std::int32_t thread);
+  /// To bf16, as everywhere in this object.
+  void round_halves(const float* x, std::int32_t count, std::uint16_t* out) const;
+  void widen_halves(const std::uint16_t* x, std::int32_t count, float* out) const;
+  /// Rounded so, as float32; out may be x.
+  void round_floats(const float* x, std::int32_t count, float* out) const;
+  /// `experts` without its rounding to exchange_type of what comes and goes.
+  void run_experts(const rows_view& x, std::span<const expert_task> tasks,
+                   std::span<const expert_weights> experts, const rows_view& out);
   void experts_one_by_one(const rows_view& x, std::span<const expert_task> tasks,
                           std::span<const expert_weights> experts, const rows_view& out);
   template <class Weight>
@@ -137,6 +148,7 @@ private:
   row_memory inner_;
   scratch<float> rounded_;
   scratch<float> gathered_;
+  scratch<float> exchanged_;
   scratch<float> gates_;
   scratch<float> ups_;
   scratch<std::int32_t> task_rows_;

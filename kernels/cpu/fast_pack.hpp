@@ -149,6 +149,14 @@ inline void round_row(const float* x, std::int32_t count, std::int32_t depth, st
   }
 }
 
+inline void widen_row(const std::uint16_t* x, std::int32_t count, float* out) {
+  for (std::int32_t k = 0; k < count; k += 16) {
+    const __mmask16 lanes = first_lanes(count - k);
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x + k));
+    _mm512_mask_storeu_ps(out + k, lanes, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+  }
+}
+
 inline void quantise_row(const float* x, std::int32_t count, std::int32_t depth, std::int32_t group,
                          std::int8_t* out, float* scales, std::int32_t* offsets) {
   for (std::int32_t first = 0; first < depth; first += group) {

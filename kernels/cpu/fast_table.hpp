@@ -79,6 +79,9 @@ struct fast_table {
   /// out[0..depth-1] = x rounded to bf16 (nearest, ties to even), zeros behind `count`.
   void (*round_row)(const float* x, std::int32_t count, std::int32_t depth, std::uint16_t* out);
 
+  /// The way back: out[0..count-1] as float32.
+  void (*widen_row)(const std::uint16_t* x, std::int32_t count, float* out);
+
   /// Signed bytes of each group of a row: x / scale rounded, scale = largest magnitude / 127.
   void (*quantise_row)(const float* x, std::int32_t count, std::int32_t depth, std::int32_t group,
                        std::int8_t* out, float* scales, std::int32_t* offsets);

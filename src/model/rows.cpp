@@ -25,13 +25,14 @@ kernels::rows_view slice_cols(const kernels::rows_view& x, kernels::element_type
 void gather_rows(kernels::ops& ops, const kernels::rows_view& x, std::span<const std::int32_t> rows,
                  void* to) {
   const auto type = ops.activation_type();
-  const auto row_bytes = static_cast<std::size_t>(x.num_cols) * kernels::size_of(type);
+  const auto row_bytes =
+    static_cast<std::size_t>(x.num_cols) * kernels::size_of(ops.exchange_type());
   for (std::size_t i = 0; i < rows.size();) {
     auto end = i + 1;
     while (end < rows.size() && rows[end] == rows[end - 1] + 1)
       ++end;
-    ops.copy_to_host(slice_rows(x, type, rows[i], static_cast<std::int32_t>(end - i)),
-                     static_cast<std::byte*>(to) + i * row_bytes);
+    ops.export_rows(slice_rows(x, type, rows[i], static_cast<std::int32_t>(end - i)),
+                    static_cast<std::byte*>(to) + i * row_bytes);
     i = end;
   }
 }

@@ -16,8 +16,8 @@ kernels::rows_view slice_rows(const kernels::rows_view& x, kernels::element_type
 kernels::rows_view slice_cols(const kernels::rows_view& x, kernels::element_type type,
                               std::int32_t first, std::int32_t count);
 
-/// Copies the given rows of x to dense host memory [rows.size(), x.num_cols], neighbours
-/// together. What an exchange sends to an expert group.
+/// Copies the given rows of x to dense host memory [rows.size(), x.num_cols] of the back end's
+/// exchange_type, neighbours together. What an exchange sends to an expert group.
 void gather_rows(kernels::ops& ops, const kernels::rows_view& x, std::span<const std::int32_t> rows,
                  void* to);
 

@@ -39,7 +39,8 @@ core_shares share_cores(const config::cluster_config& cluster, const plan& place
   const auto wanted = cluster.serving.threads;
   core_shares result;
   result.stage_threads = wanted != 0 ? wanted : std::max(1U, cores / most_replicas);
-  result.expert_threads = wanted != 0 ? wanted : std::max(1U, cores / most_groups);
+  const auto part = std::max(1U, cores / most_groups);
+  result.expert_threads = wanted != 0 ? wanted : std::min(2 * part, std::max(1U, cores));
   result.decode_micro_batches = places;
   return result;
 }

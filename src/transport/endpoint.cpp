@@ -8,6 +8,7 @@
 #include "troupe/transport/ucx_worker.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstring>
@@ -95,22 +96,28 @@ std::vector<std::pair<std::string, std::string>> required_environment() {
   return {{"UCX_HANDLE_ERRORS", "none"}, {"UCX_MEM_MMAP_HOOK_MODE", "none"}};
 }
 
-/// The progress thread and what it shares with the others: a queue of commands
-/// behind a mutex, and an event descriptor that wakes it.
+/// UCX's worker, and who calls it: one thread at a time, the holder of `driving_`. That is the
+/// progress thread unless
+///   - another one waits in `drive`: then that one hears what arrives, and the progress thread,
+///     which stops watching UCX's descriptor, only carries out commands; or
+///   - another one sends while nobody holds `driving_`: then it hands the frame to UCX itself.
+/// Nobody holds it while asleep. Either way a frame costs one thread less to be woken, at each end.
 class endpoint::engine {
 public:
   engine(endpoint_options options, endpoint_callbacks callbacks)
     : pool(options.max_cached_bytes),
       options_(std::move(options)),
       callbacks_(std::move(callbacks)),
-      poll_(::epoll_create1(EPOLL_CLOEXEC)),
-      wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+      background_(),
+      foreground_() {}
 
   ~engine() { stop(default_drain); }
 
   expected<void> start();
   void identify(std::string name, std::uint64_t incarnation);
   void post(command next);
+  bool drive(const std::function<bool()>& done, clock::time_point deadline);
+  void interrupt();
   void stop(std::chrono::milliseconds drain);
 
   const endpoint_options& options() const { return options_; }
@@ -134,9 +141,58 @@ private:
     peer_table peers;
   };
 
+  /// What a thread sleeps on: UCX's descriptor, and one that others write to.
+  struct sleeping_place {
+    descriptor poll{::epoll_create1(EPOLL_CLOEXEC)};
+    descriptor wake{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+
+    expected<void> add(int fd);
+    /// Stops or begins to be woken by a descriptor that was added.
+    void watch(int fd, bool wakes);
+    void sleep(std::chrono::milliseconds limit);
+  };
+
+  /// Holds `driving_` and says who does, for callbacks that post.
+  class driver_lock {
+  public:
+    explicit driver_lock(engine& owner, bool waits = true) : owner_(owner) {
+      if (waits)
+        lock();
+      else if (owner_.driving_.try_lock())
+        take();
+    }
+    driver_lock(const driver_lock&) = delete;
+    driver_lock& operator=(const driver_lock&) = delete;
+    ~driver_lock() {
+      if (holds_)
+        unlock();
+    }
+
+    explicit operator bool() const { return holds_; }
+
+    void lock() {
+      owner_.driving_.lock();
+      take();
+    }
+
+    void unlock() {
+      holds_ = false;
+      owner_.driver_.store(std::thread::id{}, std::memory_order_relaxed);
+      owner_.driving_.unlock();
+    }
+
+  private:
+    void take() {
+      holds_ = true;
+      owner_.driver_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+    }
+
+    engine& owner_;
+    bool holds_ = false;
+  };
+
   proto::FrameHeader own_header() const;
   expected<std::unique_ptr<communication>> open();
-  expected<void> watch(int fd);
   void run(std::promise<expected<void>> started);
   void serve(communication& with);
   bool shut_down(communication& with);
@@ -144,17 +200,25 @@ private:
   bool execute_commands(communication& with);
   void execute(communication& with, command& next);
   void send_injected(communication& with);
-  void sleep(communication& with);
+  std::chrono::milliseconds longest_sleep_of(const communication& with) const;
+  void drive_until(driver_lock& lock, const std::function<bool()>& done,
+                   clock::time_point deadline);
+  bool is_stopping();
 
   endpoint_options options_; ///< identify() fills in what was left open, nothing else changes
   const endpoint_callbacks callbacks_;
-  descriptor poll_;
-  descriptor wake_;
-  std::string address_; // this and the next two: set before start() returns
+  sleeping_place background_; ///< of the progress thread
+  sleeping_place foreground_; ///< of who is in `drive`
+  std::string address_;       // this and the next two: set before start() returns
   std::size_t max_header_ = 0;
   std::thread::id progress_thread_;
-  std::vector<command> executing_;
-  injected_sends injected_; ///< used by the progress thread
+
+  std::mutex driving_;
+  std::atomic<std::thread::id> driver_{}; ///< who holds driving_
+  std::atomic<bool> is_driven_{false};    ///< somebody is in `drive`
+  communication* with_ = nullptr;         // guarded by driving_; null before start and after stop
+  std::vector<command> executing_;        // guarded by driving_
+  injected_sends injected_;               // guarded by driving_
 
   std::mutex mutex_;
   std::vector<command> commands_;                // guarded by mutex_
@@ -166,8 +230,9 @@ private:
 };
 
 expected<void> endpoint::engine::start() {
-  if (poll_.get() < 0 || wake_.get() < 0)
-    return system_failure("creating event descriptors");
+  for (const auto* place : {&background_, &foreground_})
+    if (place->poll.get() < 0 || place->wake.get() < 0)
+      return system_failure("creating event descriptors");
   std::promise<expected<void>> started;
   auto result = started.get_future();
   // Signals are for the program's own threads.
@@ -221,19 +286,36 @@ expected<std::unique_ptr<endpoint::engine::communication>> endpoint::engine::ope
     return tl::unexpected(std::move(done).error());
   if (auto done = result->peers.listen(); !done)
     return tl::unexpected(std::move(done).error());
-  for (const int fd : {result->worker.event_fd(), wake_.get()})
-    if (auto done = watch(fd); !done)
-      return tl::unexpected(std::move(done).error());
+  for (auto* place : {&background_, &foreground_})
+    for (const int fd : {result->worker.event_fd(), place->wake.get()})
+      if (auto done = place->add(fd); !done)
+        return tl::unexpected(std::move(done).error());
   return result;
 }
 
-expected<void> endpoint::engine::watch(int fd) {
+expected<void> endpoint::engine::sleeping_place::add(int fd) {
   epoll_event event{};
   event.events = EPOLLIN;
   event.data.fd = fd;
-  if (::epoll_ctl(poll_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
+  if (::epoll_ctl(poll.get(), EPOLL_CTL_ADD, fd, &event) != 0)
     return system_failure("watching an event descriptor");
   return {};
+}
+
+void endpoint::engine::sleeping_place::watch(int fd, bool wakes) {
+  epoll_event event{};
+  event.events = wakes ? EPOLLIN : 0U;
+  event.data.fd = fd;
+  if (::epoll_ctl(poll.get(), EPOLL_CTL_MOD, fd, &event) != 0)
+    spdlog::error("transport: {}", system_failure("watching an event descriptor").value().text());
+}
+
+void endpoint::engine::sleeping_place::sleep(std::chrono::milliseconds limit) {
+  epoll_event events[2];
+  ::epoll_wait(poll.get(), events, 2, static_cast<int>(std::max<std::int64_t>(limit.count(), 0)));
+  std::uint64_t count = 0;
+  // Empty unless somebody woke this thread, which is no error.
+  [[maybe_unused]] const auto size = ::read(wake.get(), &count, sizeof count);
 }
 
 void endpoint::engine::run(std::promise<expected<void>> started) {
@@ -246,8 +328,17 @@ void endpoint::engine::run(std::promise<expected<void>> started) {
   address_ = with.worker.address();
   max_header_ = with.worker.max_header();
   progress_thread_ = std::this_thread::get_id();
+  {
+    driver_lock lock{*this};
+    with_ = &with;
+  }
   started.set_value({});
   serve(with);
+  // From here on everything is this thread's, also what somebody in `drive` was watching.
+  interrupt();
+  driver_lock lock{*this};
+  with_ = nullptr;
+  background_.watch(with.worker.event_fd(), true);
   if (!shut_down(with)) {
     // UCX 1.13 aborts the process where a worker with cancelled transfers or unanswered
     // handshakes is destroyed. Its peers know already; the rest ends with the process.
@@ -256,32 +347,91 @@ void endpoint::engine::run(std::promise<expected<void>> started) {
   }
 }
 
+bool endpoint::engine::is_stopping() {
+  std::lock_guard guard{mutex_};
+  return stopping_;
+}
+
+/// Arming comes last: an event after it wakes the thread, one before it makes arming fail.
 void endpoint::engine::serve(communication& with) {
   const auto spin = std::min(options_.spin, max_spin);
   auto last_event = clock::now();
-  while (true) {
+  while (!is_stopping()) {
+    std::chrono::milliseconds limit = longest_sleep;
     {
-      std::lock_guard guard{mutex_};
-      if (stopping_)
-        return;
+      driver_lock lock{*this};
+      if (is_driven_) {
+        if (execute_commands(with))
+          continue;
+      } else {
+        if (step(with)) {
+          if (spin.count() > 0)
+            last_event = clock::now();
+          continue;
+        }
+        if (spin.count() > 0 && clock::now() - last_event < spin)
+          continue;
+        if (!with.worker.arm())
+          continue;
+        limit = longest_sleep_of(with);
+      }
     }
-    if (step(with)) {
-      if (spin.count() > 0)
-        last_event = clock::now();
-      continue;
-    }
-    if (spin.count() > 0 && clock::now() - last_event < spin)
-      continue;
-    sleep(with);
+    background_.sleep(limit);
   }
+}
+
+bool endpoint::engine::drive(const std::function<bool()>& done, clock::time_point deadline) {
+  if (driver_.load(std::memory_order_relaxed) != std::this_thread::get_id()
+      && !is_driven_.exchange(true)) {
+    driver_lock lock{*this};
+    drive_until(lock, done, deadline);
+    is_driven_ = false;
+  }
+  return done();
+}
+
+void endpoint::engine::drive_until(driver_lock& lock, const std::function<bool()>& done,
+                                   clock::time_point deadline) {
+  if (with_ == nullptr)
+    return;
+  background_.watch(with_->worker.event_fd(), false);
+  while (!done()) {
+    if (step(*with_))
+      continue;
+    const auto now = clock::now();
+    if (now >= deadline || is_stopping())
+      break;
+    if (!with_->worker.arm())
+      continue;
+    const auto limit = std::min(longest_sleep_of(*with_),
+                                std::chrono::ceil<std::chrono::milliseconds>(
+                                  std::min<clock::duration>(deadline - now, longest_sleep)));
+    lock.unlock();
+    foreground_.sleep(limit);
+    lock.lock();
+    if (with_ == nullptr)
+      return;
+  }
+  while (execute_commands(*with_)) {
+  }
+  // The progress thread sleeps: what comes from now on wakes it, and so does what came before.
+  const bool is_quiet = with_->worker.arm();
+  background_.watch(with_->worker.event_fd(), true);
+  if (!is_quiet)
+    ::eventfd_write(background_.wake.get(), 1);
+}
+
+void endpoint::engine::interrupt() {
+  if (is_driven_)
+    ::eventfd_write(foreground_.wake.get(), 1);
 }
 
 /// True when nothing is on its way any more, so that the worker may be destroyed.
 bool endpoint::engine::shut_down(communication& with) {
   const auto work_until = [&](clock::time_point deadline, auto&& finished) {
     while (!finished() && clock::now() < deadline)
-      if (!step(with))
-        sleep(with);
+      if (!step(with) && with.worker.arm())
+        background_.sleep(longest_sleep_of(with));
   };
   clock::time_point deadline;
   {
@@ -363,21 +513,14 @@ void endpoint::engine::send_injected(communication& with) {
     with.peers.send(std::move(each));
 }
 
-/// Arming comes last: an event after it wakes the thread, one before it makes arming fail.
-void endpoint::engine::sleep(communication& with) {
-  if (!with.worker.arm())
-    return;
-  epoll_event events[2];
-  auto limit = with.peers.awaits_hellos() ? sleep_for_hellos : longest_sleep;
+std::chrono::milliseconds endpoint::engine::longest_sleep_of(const communication& with) const {
   if (!injected_.is_idle()) [[unlikely]]
-    limit = std::min(limit, sleep_for_injected);
-  ::epoll_wait(poll_.get(), events, 2, static_cast<int>(limit.count()));
-  std::uint64_t count = 0;
-  // Empty unless a command woke the thread, which is no error.
-  [[maybe_unused]] const auto size = ::read(wake_.get(), &count, sizeof count);
+    return sleep_for_injected;
+  return with.peers.awaits_hellos() ? sleep_for_hellos : longest_sleep;
 }
 
 void endpoint::engine::post(command next) {
+  const bool is_send = std::holds_alternative<send_command>(next);
   bool refused = false;
   bool first = false;
   {
@@ -394,8 +537,18 @@ void endpoint::engine::post(command next) {
       local->done(tl::unexpected(stopped()));
     return;
   }
-  if (first && std::this_thread::get_id() != progress_thread_)
-    ::eventfd_write(wake_.get(), 1);
+  if (!first || driver_.load(std::memory_order_relaxed) == std::this_thread::get_id())
+    return;
+  if (is_send) {
+    driver_lock lock{*this, false};
+    if (lock && with_ != nullptr && injected_.is_idle()) {
+      while (execute_commands(*with_)) {
+      }
+      if (injected_.is_idle()) [[likely]]
+        return;
+    }
+  }
+  ::eventfd_write(background_.wake.get(), 1);
 }
 
 void endpoint::engine::stop(std::chrono::milliseconds drain) {
@@ -409,7 +562,8 @@ void endpoint::engine::stop(std::chrono::milliseconds drain) {
     spdlog::error("transport: stop() called from a callback of its own; not waiting for the end");
     return;
   }
-  ::eventfd_write(wake_.get(), 1);
+  ::eventfd_write(background_.wake.get(), 1);
+  interrupt();
   std::lock_guard guard{join_mutex_};
   if (thread_.joinable())
     thread_.join();
@@ -493,6 +647,15 @@ void endpoint::send(std::string_view peer, proto::FrameHeader header, payload_vi
     return;
   }
   engine_->post(send_command{std::move(operation)});
+}
+
+bool endpoint::drive(const std::function<bool()>& done,
+                     std::chrono::steady_clock::time_point deadline) {
+  return engine_->drive(done, deadline);
+}
+
+void endpoint::interrupt() {
+  engine_->interrupt();
 }
 
 void endpoint::stop(std::chrono::milliseconds drain) {

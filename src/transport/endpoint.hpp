@@ -40,8 +40,9 @@ struct endpoint_options {
   std::function<void(std::string&)> tamper_header;
 };
 
-/// Called on the progress thread. They must neither block nor throw; they may
-/// call any function of the endpoint but stop().
+/// Called one at a time, on the thread that moves communication on: the progress thread, or one
+/// that is in `drive` or `send`. They must neither block nor throw; they may call any function of
+/// the endpoint but stop() and drive().
 struct endpoint_callbacks {
   /// A frame arrived. The frames of one sender arrive in the order of its sends.
   std::function<void(frame)> on_frame;
@@ -58,7 +59,8 @@ struct endpoint_callbacks {
 };
 
 /// A process's end of all tensor connections. Owns the UCX context, its worker
-/// and the one thread that drives them. Functions may be called on any thread.
+/// and a progress thread that drives them while nobody else does. Functions may be called on any
+/// thread.
 class endpoint {
 public:
   static constexpr std::chrono::milliseconds default_drain{500};
@@ -93,13 +95,24 @@ public:
 
   /// Sends to a connected peer, or to this endpoint's own name. `sender`,
   /// `sender_incarnation` and `checksum` of the header are filled in here. `done` is
-  /// called exactly once, on the progress thread; after stop(), on the calling one. Errors:
+  /// called exactly once, on a thread as callbacks are, which may be this one. Errors:
   /// peer_lost (gone, given up or never connected), stale_epoch (the receiver has
   /// fenced this process off), too_large (payload or header), unavailable (stopping),
   /// resource_exhausted, invalid_request.
   /// There is no bound on what is queued: a caller bounds it by waiting for completions.
   void send(std::string_view peer, proto::FrameHeader header, payload_view payload,
             completion done);
+
+  /// Moves communication on, in place of the progress thread, until `done` holds or the deadline
+  /// has passed (by a millisecond at most). Returns what `done` says last. For a thread that has
+  /// nothing to do until a frame arrives: it hears it itself and need not be woken by another.
+  /// `done` is asked often, must be cheap and must not call the endpoint; who makes it true other
+  /// than by a callback calls interrupt(). Returns at once where another thread is in here already,
+  /// and after stop().
+  bool drive(const std::function<bool()>& done, std::chrono::steady_clock::time_point deadline);
+
+  /// Makes whoever is in drive() ask its `done` again.
+  void interrupt();
 
   /// Blocks for at most `drain`, and a moment, while sends in flight end; what has not ended by
   /// then fails with unavailable. All completions have been called and no callback runs

@@ -19,7 +19,7 @@ namespace troupe::transport {
 /// The receiving half of an endpoint: turns active messages into frames, verifies them,
 /// puts each sender's frames back in the order of their arrival (a rendezvous takes
 /// longer than an eager message behind it) and drops what fenced senders send.
-/// Lives on the progress thread.
+/// Used by the thread that drives the endpoint.
 class inbox {
 public:
   struct options {

@@ -10,7 +10,8 @@
 
 namespace troupe::transport {
 
-/// What a drill does to frames that leave. Lives on the progress thread, blocks nothing.
+/// What a drill does to frames that leave. Used by the thread that drives the endpoint, blocks
+/// nothing.
 class injected_sends {
 public:
   using time_point = std::chrono::steady_clock::time_point;

@@ -28,7 +28,7 @@ struct send_operation {
 };
 
 /// The sending half of an endpoint: which peers are connected, what is on its way to them,
-/// and what happens to it when one is lost. Lives on the progress thread.
+/// and what happens to it when one is lost. Used by the thread that drives the endpoint.
 ///
 /// A new peer gets a hello as soon as its TCP connection stands, and frames only when
 /// its own hello has come as well. For the first frame makes UCX begin a handshake, and UCX 1.13

@@ -18,6 +18,12 @@ namespace troupe::transport {
 
 namespace {
 
+/// Up to this size TCP carries a payload in the message itself. A rendezvous needs two more
+/// messages, and each of them wakes a thread: that costs more than to copy so much once more.
+constexpr std::size_t tcp_eager_limit = std::size_t{256} << 10;
+/// What UCX hands to a socket at once; its 8 KiB would cut such a message into many.
+constexpr const char* tcp_segment = "512k";
+
 /// Bounds one call of progress(), so that a flood of arrivals cannot starve commands.
 constexpr int max_progress_steps = 64;
 
@@ -47,6 +53,10 @@ expected<void> check_devices(const std::string& interface) {
   return {};
 }
 
+bool is_tcp(const std::string& transports) {
+  return transports.find("tcp") != std::string::npos;
+}
+
 expected<void> configure(ucp_config_t* config, const std::string& transports,
                          const std::string& interface) {
   if (auto done = modify(config, "TLS", transports); !done)
@@ -63,6 +73,10 @@ expected<void> configure(ucp_config_t* config, const std::string& transports,
   if (transports.find("cma") != std::string::npos)
     if (auto done = modify(config, "MEMORY_INVALIDATE", "y"); !done)
       return done;
+  if (is_tcp(transports))
+    for (const char* key : {"TX_SEG_SIZE", "RX_SEG_SIZE"}) // UCX_TCP_...
+      if (auto done = modify(config, key, tcp_segment); !done)
+        return done;
   if (!interface.empty())
     return modify(config, "NET_DEVICES", interface);
   return {};
@@ -112,6 +126,7 @@ expected<ucx_worker> ucx_worker::open(const std::string& transports, const std::
   if (const auto status = ucp_config_read(nullptr, nullptr, &config); status != UCS_OK)
     return start_failure("reading its configuration", status);
   auto configured = configure(config, transports, interface);
+  result.eager_limit_ = is_tcp(transports) ? tcp_eager_limit : 0;
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -127,7 +142,7 @@ expected<ucx_worker> ucx_worker::open(const std::string& transports, const std::
   }
   ucp_worker_params_t worker_params{};
   worker_params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
-  worker_params.thread_mode = UCS_THREAD_MODE_SINGLE;
+  worker_params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
   const auto created = ucp_worker_create(result.context_, &worker_params, &result.worker_);
   if (created != UCS_OK) {
     result.worker_ = nullptr;
@@ -160,6 +175,7 @@ ucx_worker::ucx_worker(ucx_worker&& other) noexcept
     worker_(std::exchange(other.worker_, nullptr)),
     event_fd_(std::exchange(other.event_fd_, -1)),
     max_header_(other.max_header_),
+    eager_limit_(other.eager_limit_),
     address_(std::move(other.address_)) {}
 
 ucx_worker& ucx_worker::operator=(ucx_worker&& other) noexcept {
@@ -167,6 +183,7 @@ ucx_worker& ucx_worker::operator=(ucx_worker&& other) noexcept {
   std::swap(worker_, other.worker_);
   std::swap(event_fd_, other.event_fd_);
   std::swap(max_header_, other.max_header_);
+  std::swap(eager_limit_, other.eager_limit_);
   std::swap(address_, other.address_);
   return *this;
 }

@@ -20,8 +20,7 @@ constexpr unsigned goodbye_message_id = 3; ///< the sender gives the receiver up
 /// What a UCX status means to the sender of a frame to `peer`.
 error to_error(ucs_status_t status, std::string_view peer);
 
-/// A UCX context with its one worker. Belongs to one thread: whoever constructs it makes
-/// every call and destroys it.
+/// A UCX context with its one worker. Used by one thread at a time.
 class ucx_worker {
 public:
   /// `transports` as in UCX_TLS; `interface` as in UCX_NET_DEVICES, empty for all.
@@ -37,6 +36,9 @@ public:
   ucp_worker_h get() const { return worker_; }
   int event_fd() const { return event_fd_; }
   std::size_t max_header() const { return max_header_; }
+
+  /// Payloads up to this size go with their message, whatever UCX thinks; above it UCX decides.
+  std::size_t eager_limit() const { return eager_limit_; }
 
   /// How others reach this worker: bytes with a check sum, since UCX itself trusts them.
   const std::string& address() const { return address_; }
@@ -60,6 +62,7 @@ private:
   ucp_worker_h worker_ = nullptr;
   int event_fd_ = -1;
   std::size_t max_header_ = 0;
+  std::size_t eager_limit_ = 0;
   std::string address_;
 };
 

@@ -1,3 +1,4 @@
+#include "troupe/actors/expert_group.hpp"
 #include "troupe/actors/remote_experts.hpp"
 #include "troupe/base/fault_point.hpp"
 #include "troupe/model/rows.hpp"
@@ -157,6 +158,23 @@ struct exchange_fixture {
 };
 
 } // namespace
+
+TEST_CASE("dispatches go to the box while somebody attends to it, and none is left behind") {
+  dispatch_box box;
+  auto dispatch = std::make_shared<transport::frame>();
+  CHECK(!box.offer(dispatch));
+  box.open();
+  CHECK(box.offer(dispatch));
+  CHECK(!box.close());
+  CHECK(box.offer(dispatch)); // still open
+  std::vector<frame_ptr> taken;
+  CHECK(box.frames().take(taken, std::chrono::steady_clock::now()));
+  CHECK(taken.size() == 2);
+  CHECK(box.close());
+  CHECK(!box.offer(dispatch));
+  CHECK(!box.frames().take(taken, std::chrono::steady_clock::now()));
+  CHECK(taken.empty());
+}
 
 TEST_CASE("the copy on the caller's node is asked, and only that one") {
   exchange_fixture f;

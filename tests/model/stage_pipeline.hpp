@@ -67,7 +67,7 @@ public:
       const auto work = plan_->work(g);
       const auto num_tasks = static_cast<std::int32_t>(work.tasks.size());
       const auto x = sent_.view(static_cast<std::int32_t>(work.rows.size()));
-      ops_.copy_from_host(inbox_[g].data(), x);
+      ops_.import_rows(inbox_[g].data(), x);
       std::vector<kernels::expert_task> tasks(work.tasks.begin(), work.tasks.end());
       for (auto& task : tasks)
         task.expert -= groups_[g]->experts().first;
@@ -75,8 +75,8 @@ public:
       if (auto ok = groups_[g]->run(layer_, x, tasks, out); !ok)
         return ok;
       reply.resize(static_cast<std::size_t>(num_tasks) * hidden_);
-      ops_.copy_to_host(out, reply.data());
-      ops_.copy_from_host(
+      ops_.export_rows(out, reply.data());
+      ops_.import_rows(
         reply.data(), slice_rows(expert_out, ops_.activation_type(), work.first_output, num_tasks));
     }
     std::copy(plan_->expert_rows().begin(), plan_->expert_rows().end(), expert_rows.begin());

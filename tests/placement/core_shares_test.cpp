@@ -43,7 +43,11 @@ TEST_CASE("stages on one host take turns with all of its cores, others share the
   check(one,
         {worker("a", "cpu:0", stage), worker("a", "cpu:1", stage), worker("a", "cpu:2", group),
          worker("a", "cpu:3", group)},
-        8, 4, 1);
+        8, 8, 1);
+  std::vector<placement::worker> groups;
+  for (auto i = 0; i < 8; ++i)
+    groups.push_back(worker("a", "cpu:" + std::to_string(i), group));
+  check(one, groups, 8, 2, 1); // twice its part
   check(one, {worker("a", "cpu:0", stage, 0), worker("a", "cpu:1", stage, 1)}, 4, 8, 1);
 
   // Two nodes of one machine share its cores as well; two machines compute at the same time.
