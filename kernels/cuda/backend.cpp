@@ -65,6 +65,9 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
     gates_(gpu_, pool_),
     ups_(gpu_, pool_),
     allowed_(gpu_, pool_),
+    mixture_lists_(gpu_, pool_),
+    mixed_gates_(gpu_, pool_),
+    mixed_ups_(gpu_, pool_),
     weights_are_there_(weights != nullptr && weights->is_filled()) {
   description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name() + ")";
   flag_ = gpu_.ok() ? allocate(sizeof(std::int32_t)) : nullptr;
@@ -237,6 +240,14 @@ void cuda_ops::add(const rows_view& x, const rows_view& delta) {
   if (begin(x.num_rows)) {
     launch_add(stream_, as_bf16(x), as_bf16(delta));
     launched("add");
+  }
+}
+
+void cuda_ops::add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight,
+                            float epsilon, const rows_view& out) {
+  if (begin(x.num_rows)) {
+    launch_add_rms_norm(stream_, as_bf16(x), as_bf16(delta), weight, epsilon, as_bf16(out));
+    launched("add_rms_norm");
   }
 }
 

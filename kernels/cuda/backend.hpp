@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -59,6 +60,8 @@ public:
                          const rows_view& out) override;
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
+  void add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight, float epsilon,
+                    const rows_view& out) override;
   void add_bias(const rows_view& x, const float* bias) override;
   void route(const rows_view& x, const weight_matrix& w, const float* bias,
              const router_params& params, std::span<std::int32_t> experts,
@@ -68,6 +71,8 @@ public:
   void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
                std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
                const rows_view& out) override;
+  bool mixture(const rows_view& x, const mixture_weights& w, const router_params& params,
+               const mixture_scratch& scratch, const rows_view& out) override;
   void sample(const rows_view& logits, std::span<const sampling_params> params,
               std::span<sampled_token> out) override;
   bool all_finite(const rows_view& x) override;
@@ -124,6 +129,14 @@ private:
                   std::int64_t out_stride);
   void multiply_runs(linear_args args);
 
+  /// The experts of a layer for launch_plan_mixture.
+  struct expert_table {
+    std::vector<std::array<const void*, 3>> experts; ///< gate, up, down as `place` returned them
+    std::shared_ptr<void> memory;                    ///< expert_parts; null: shapes differ
+    packed_matrix gate, down;                        ///< shapes
+  };
+  const expert_table* find_experts(std::span<const expert_weights> experts);
+
   context gpu_;
   cudaStream_t stream_;
   std::atomic<std::uint64_t> unwatched_{0};
@@ -135,6 +148,8 @@ private:
   download_buffer download_;
   mirrored_array positions_, sequences_, tables_, offsets_;
   scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
+  scratch mixture_lists_, mixed_gates_, mixed_ups_;
+  std::vector<std::unique_ptr<expert_table>> expert_tables_;
   std::shared_ptr<void> flag_; ///< one number
   std::vector<std::unique_ptr<placed_weight>> weights_;
   bool weights_are_there_; ///< a predecessor has placed them

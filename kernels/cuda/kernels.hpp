@@ -68,6 +68,9 @@ void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of
 void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
                    const rows_of_bf16& out);
 void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta);
+/// x += delta, rounded; out = rms_norm(x).
+void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta,
+                         const float* weight, float epsilon, const rows_of_bf16& out);
 void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias);
 void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
                     const float* weights, std::int32_t top_k, const rows_of_bf16& shared,

@@ -241,11 +241,9 @@ expected<void> stage_model::compute_layer(std::int32_t local_layer, const rows_v
   const auto delta = delta_.view(hidden.num_rows);
   ops_.rms_norm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
   attention_->compute(local_layer, normed, batch, pages_of(local_layer), delta);
-  ops_.add(hidden, delta);
-  ops_.rms_norm(hidden, layer.post_attention_norm, config_.rms_norm_eps, normed);
+  ops_.add_rms_norm(hidden, delta, layer.post_attention_norm, config_.rms_norm_eps, normed);
   if (layer.moe)
-    return mix_experts(options_.first_layer + local_layer, *layer.moe,
-                       experts != nullptr ? *experts : *own_experts_, hidden);
+    return mix_experts(options_.first_layer + local_layer, *layer.moe, experts, hidden);
   compute_mlp(*layer.mlp, normed, delta);
   ops_.add(hidden, delta);
   return {};
@@ -259,8 +257,27 @@ void stage_model::compute_mlp(const kernels::expert_weights& w, const rows_view&
   ops_.mlp(x, w, gate, up, out);
 }
 
+/// The mixture without a look at the choice. False where the device wants the host to see it.
+bool stage_model::mix_on_device(std::int32_t layer, const moe_weights& w, const rows_view& hidden) {
+  const auto num_rows = hidden.num_rows;
+  kernels::mixture_weights weights{w.gate, w.bias, own_experts_->experts_of(layer), nullptr};
+  kernels::mixture_scratch scratch;
+  if (w.shared) {
+    const auto width = w.shared->gate.num_rows;
+    weights.shared = &*w.shared;
+    scratch.gate = slice_cols(gate_.view(num_rows), type_, 0, width);
+    scratch.up = slice_cols(up_.view(num_rows), type_, 0, width);
+    scratch.shared_out = delta_.view(num_rows);
+  }
+  scratch.expert_out = expert_out_.view(num_rows * config_.num_experts_per_token);
+  return ops_.mixture(normed_.view(num_rows), weights, router_, scratch, hidden);
+}
+
 expected<void> stage_model::mix_experts(std::int32_t layer, const moe_weights& w,
-                                        expert_exchange& exchange, const rows_view& hidden) {
+                                        expert_exchange* given, const rows_view& hidden) {
+  if (given == nullptr && mix_on_device(layer, w, hidden))
+    return {};
+  auto& exchange = given != nullptr ? *given : *own_experts_;
   const auto num_rows = hidden.num_rows;
   const auto top_k = config_.num_experts_per_token;
   const auto num_tasks = static_cast<std::size_t>(num_rows) * top_k;

@@ -150,8 +150,9 @@ private:
                  const float* weight, const kernels::rows_view& out);
   void compute_mlp(const kernels::expert_weights& w, const kernels::rows_view& x,
                    const kernels::rows_view& out);
-  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange& exchange,
+  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
                              const kernels::rows_view& hidden);
+  bool mix_on_device(std::int32_t layer, const moe_weights& w, const kernels::rows_view& hidden);
 
   model_config config_;
   stage_options options_;
