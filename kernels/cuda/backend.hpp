@@ -8,6 +8,7 @@
 #include "troupe/kernels/cuda/context.hpp"
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 #include "troupe/kernels/cuda/kernels.hpp"
+#include "troupe/kernels/cuda/recording.hpp"
 
 namespace troupe::kernels::cuda {
 
@@ -73,6 +74,8 @@ public:
                const rows_view& out) override;
   bool mixture(const rows_view& x, const mixture_weights& w, const router_params& params,
                const mixture_scratch& scratch, const rows_view& out) override;
+  void step(const step_key& key, std::span<const std::int32_t> ids, const batch_view& batch,
+            const std::function<void()>& work) override;
   void sample(const rows_view& logits, std::span<const sampling_params> params,
               std::span<sampled_token> out) override;
   bool all_finite(const rows_view& x) override;
@@ -82,6 +85,7 @@ public:
   void break_down() override;
   device_memory memory() const override;
   void* stream() const override { return stream_; }
+  std::uint64_t num_repeated_steps() const override { return steps_.num_repeated(); }
 
 private:
   struct readable_rows {
@@ -92,6 +96,8 @@ private:
 
   /// Counts, makes the device current and says whether there is anything to do.
   bool begin(std::int32_t num_rows = 1);
+  /// The same for what waits for the device, which a recorded step cannot.
+  bool begin_waiting(std::int32_t num_rows = 1);
   void launched(const char* what);
   void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
 
@@ -146,7 +152,7 @@ private:
   device_pool weight_pool_;
   upload_ring ring_;
   download_buffer download_;
-  mirrored_array positions_, sequences_, tables_, offsets_;
+  mirrored_array ids_, positions_, sequences_, tables_, offsets_;
   scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
   scratch mixture_lists_, mixed_gates_, mixed_ups_;
   std::vector<std::unique_ptr<expert_table>> expert_tables_;
@@ -163,6 +169,8 @@ private:
   std::vector<std::int32_t> task_rows_, slots_, task_slots_;
   std::vector<device_sampling> sampling_;
   std::vector<std::int32_t> banned_;
+  recorded_steps steps_;
+  bool records_steps_;
 };
 
 } // namespace troupe::kernels::cuda

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "troupe/kernels/cuda/mixture.hpp"
+#include "troupe/kernels/cuda/trace.hpp"
 
 /// The mixture of experts of cuda_ops. The host knows how many tasks there are, and how many tiles
 /// of them there can be, but not which experts they belong to: products are launched for as many
@@ -87,6 +88,10 @@ const cuda_ops::expert_table* cuda_ops::find_experts(std::span<const expert_weig
   if (known != expert_tables_.end()) {
     return (*known)->memory == nullptr ? nullptr : known->get();
   }
+  if (gpu_.is_recording()) {
+    gpu_.spoil_recording("experts are met for the first time");
+    return nullptr;
+  }
   auto table = std::make_unique<expert_table>();
   table->gate = packed(experts.front().gate);
   table->down = packed(experts.front().down);
@@ -122,6 +127,7 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
       || !begin(num_rows)) {
     return false;
   }
+  const trace range("experts");
   const auto* table = find_experts(w.experts);
   if (table == nullptr) {
     return false;

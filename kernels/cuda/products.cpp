@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cassert>
 
+#include "troupe/kernels/cuda/trace.hpp"
+
 /// Weights and products of cuda_ops.
 namespace troupe::kernels::cuda {
 
@@ -384,6 +386,7 @@ void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
   if (!begin(num_tasks)) {
     return;
   }
+  const trace range("experts");
   task_rows_.clear();
   std::int32_t widest = 0;
   for (const auto& task : tasks) {
