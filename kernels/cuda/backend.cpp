@@ -77,7 +77,8 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
   const char* graphs = std::getenv("TROUPE_CUDA_GRAPHS");
   records_steps_ = graphs == nullptr || std::strcmp(graphs, "off") != 0;
   description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name() + ")";
-  flag_ = gpu_.ok() ? allocate(sizeof(std::int32_t)) : nullptr;
+  flag_ = allocate(sizeof(std::int32_t));
+  counters_ = allocate((kMixedRows + 1) * sizeof(std::int32_t));
 }
 
 bool cuda_ops::begin(std::int32_t num_rows) {

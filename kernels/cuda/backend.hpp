@@ -38,6 +38,9 @@ public:
                 const rows_view& out) override;
   void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
   void logits(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
+  void linears(const rows_view& x, std::span<const linear_part> parts) override;
+  void mlp(const rows_view& x, const expert_weights& w, const rows_view& gate, const rows_view& up,
+           const rows_view& out) override;
   void linear_per_head(const rows_view& x, std::int32_t x_head_stride, const weight_matrix& w,
                        std::int32_t num_heads, const rows_view& out,
                        std::int32_t out_head_stride) override;
@@ -156,7 +159,8 @@ private:
   scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
   scratch mixture_lists_, mixed_gates_, mixed_ups_;
   std::vector<std::unique_ptr<expert_table>> expert_tables_;
-  std::shared_ptr<void> flag_; ///< one number
+  std::shared_ptr<void> flag_;     ///< one number
+  std::shared_ptr<void> counters_; ///< of mixture_router
   std::vector<std::unique_ptr<placed_weight>> weights_;
   bool weights_are_there_; ///< a predecessor has placed them
   std::shared_ptr<void>

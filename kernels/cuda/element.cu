@@ -145,7 +145,7 @@ __global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
   if (k < gate.num_cols) {
     const float g = load(gate.data + row * gate.stride + k);
     const float u = load(up.data + row * up.stride + k);
-    store(out.data + row * out.stride + k, g / (1.0F + expf(-g)) * u);
+    store(out.data + row * out.stride + k, gated(g, u));
   }
 }
 

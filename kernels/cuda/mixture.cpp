@@ -22,12 +22,6 @@ expert_part part_of(const packed_matrix& w) {
   return {w.data, w.scales, w.zeros};
 }
 
-bool same_shape(const packed_matrix& a, const packed_matrix& b) {
-  return a.type == b.type && a.num_rows == b.num_rows && a.num_cols == b.num_cols
-         && a.block_rows == b.block_rows && a.num_scale_cols == b.num_scale_cols
-         && a.blocks_per_scale == b.blocks_per_scale;
-}
-
 /// Pieces of one block of memory, one behind the other.
 class divided {
 public:
@@ -161,8 +155,6 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
     return false;
   }
   const auto lists = divide(memory, top_k, most_jobs);
-  launch_router_logits(stream_, as_bf16(x), w.router, logits);
-  launch_choose_experts(stream_, logits, num_rows, w.bias, params, lists.chosen, lists.weights);
 
   mixture_plan plan;
   plan.chosen = lists.chosen;
@@ -186,7 +178,16 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
   plan.task_rows = lists.task_rows;
   plan.expert_rows = lists.expert_rows;
   plan.jobs = lists.jobs;
-  launch_plan_mixture(stream_, plan);
+  mixture_router router;
+  router.x = as_bf16(x);
+  router.w = w.router;
+  router.bias = w.bias;
+  router.params = params;
+  router.logits = logits;
+  router.chosen = lists.chosen;
+  router.weights = lists.weights;
+  router.counters = static_cast<std::int32_t*>(counters_.get());
+  launch_plan_mixture(stream_, router, plan);
   launched("plan of a mixture");
 
   const auto all_tasks = num_tasks + (joins ? num_rows : 0);
@@ -200,13 +201,17 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
   args.w = table->gate;
   args.job_cols = inner;
   args.jobs = plan.jobs;
-  args.num_jobs = 2 * plan.num_jobs;
+  args.gated = args.max_rows <= kGatedRows;
+  args.num_jobs = args.gated ? plan.num_jobs : 2 * plan.num_jobs;
   args.x_stride = input.stride;
   args.out_stride = width;
   multiply(args);
-  const rows_of_bf16 middle{gate, all_tasks, inner, width};
-  launch_swiglu(stream_, middle, {up, all_tasks, inner, width}, middle);
-  launched("swiglu of experts");
+  if (!args.gated) {
+    const rows_of_bf16 middle{gate, all_tasks, inner, width};
+    launch_swiglu(stream_, middle, {up, all_tasks, inner, width}, middle);
+    launched("swiglu of experts");
+  }
+  args.gated = false;
   args.w = table->down;
   args.job_cols = table->down.num_rows;
   args.jobs = plan.jobs + 2 * plan.num_jobs;

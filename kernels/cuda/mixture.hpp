@@ -22,7 +22,8 @@ inline constexpr std::int32_t kMixedExperts = 1024;
 
 /// The routed rows of a mixture are its tasks, num_rows * top_k of them by expert and then by row.
 /// Tiles of at most tile_rows neighbouring tasks of one expert are one job of each product; jobs
-/// beyond the last tile have no rows. With a shared expert, the first job is all rows of it, its
+/// beyond the last tile have no rows. A job of `gate` is also one of gate and up together
+/// (linear_args::gated). With a shared expert, the first job is all rows of it, its
 /// tasks behind the others.
 struct mixture_plan {
   const std::int32_t* chosen = nullptr; ///< [num_rows, top_k], ascending within a row
@@ -56,6 +57,20 @@ constexpr std::int32_t most_tiles(std::int32_t num_rows, std::int32_t top_k,
   return tiles < tasks ? tiles : tasks;
 }
 
-void launch_plan_mixture(cudaStream_t stream, const mixture_plan& plan);
+/// What the plan begins with.
+struct mixture_router {
+  rows_of_bf16 x;
+  weight_matrix w;
+  const float* bias = nullptr;
+  router_params params;
+  float* logits = nullptr;          ///< [num_rows, num_experts]
+  std::int32_t* chosen = nullptr;   ///< [num_rows, top_k], of the plan
+  float* weights = nullptr;         ///< [num_rows, top_k]
+  std::int32_t* counters = nullptr; ///< [kMixedRows + 1] zeros, before and after
+};
+
+/// From rows to their plan.
+void launch_plan_mixture(cudaStream_t stream, const mixture_router& router,
+                         const mixture_plan& plan);
 
 } // namespace troupe::kernels::cuda
