@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -129,6 +130,28 @@ struct linear_part {
 struct expert_task {
   std::int32_t row;    ///< row of the input
   std::int32_t expert; ///< index into the span of experts given to `experts`
+};
+
+/// A mixture of experts that are all on this device.
+struct mixture_weights {
+  weight_matrix router;        ///< [experts, hidden], stored
+  const float* bias = nullptr; ///< [experts]; null where the router has none
+  std::span<const expert_weights> experts;
+  const expert_weights* shared = nullptr; ///< which every row has beside its own; null: none
+};
+
+/// Room for a mixture of experts, of any contents before and after.
+struct mixture_scratch {
+  rows_view gate, up;   ///< [rows, shared->gate.num_rows]; unused without shared expert
+  rows_view shared_out; ///< [rows, hidden]; likewise
+  rows_view expert_out; ///< [rows * top_k, hidden]
+};
+
+/// Which step `ops::step` is asked to compute. Steps of one key queue the same operations with the
+/// same arguments, the contents of their ids and of their batch aside.
+struct step_key {
+  std::uint64_t what = 0; ///< a number of its own for everything that decides but the rows
+  std::int32_t num_rows = 0;
 };
 
 /// How one row of logits becomes a token.
@@ -286,6 +309,13 @@ public:
   /// x += delta.
   virtual void add(const rows_view& x, const rows_view& delta) = 0;
 
+  /// x += delta; out = rms_norm(x): the same bits as `add` and `rms_norm`. Out may not be x.
+  virtual void add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight,
+                            float epsilon, const rows_view& out) {
+    add(x, delta);
+    rms_norm(x, weight, epsilon, out);
+  }
+
   /// x[m, n] += bias[n].
   virtual void add_bias(const rows_view& x, const float* bias) = 0;
 
@@ -306,6 +336,24 @@ public:
   virtual void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
                        std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
                        const rows_view& out) = 0;
+
+  /// A whole mixture of experts, whose choice the host does not see: out += what `route`,
+  /// `experts` (tasks by expert, then by row), `mlp` of the shared expert and `combine` make of x,
+  /// the same bits. False: nothing was done, since the device knows no such way for so many rows
+  /// or for these weights, and those operations have to do it.
+  virtual bool mixture(const rows_view& /*x*/, const mixture_weights& /*w*/,
+                       const router_params& /*params*/, const mixture_scratch& /*scratch*/,
+                       const rows_view& /*out*/) {
+    return false;
+  }
+
+  /// Computes a step that comes again and again: calls `work`, or repeats what an earlier call
+  /// with this key has queued. So `work` does nothing but queue operations, none of which writes to
+  /// the host; those that take ids or a batch take the arrays given here, or parts of them.
+  virtual void step(const step_key& /*key*/, std::span<const std::int32_t> /*ids*/,
+                    const batch_view& /*batch*/, const std::function<void()>& work) {
+    work();
+  }
 
   /// One token a row of logits [rows, vocabulary], always float32. Temperature, then
   /// min_p (relative to the best token), then top_k, then top_p narrow the distribution,

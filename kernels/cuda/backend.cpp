@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
 #include "troupe/kernels/cpu/philox.hpp"
+#include "troupe/kernels/cuda/mixture.hpp"
+#include "troupe/kernels/cuda/trace.hpp"
 
 namespace troupe::kernels::cuda {
 
@@ -53,6 +56,7 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
     weight_pool_(gpu_, kWeightSlabBytes, weights),
     ring_(gpu_),
     download_(gpu_),
+    ids_(gpu_, pool_, ring_),
     positions_(gpu_, pool_, ring_),
     sequences_(gpu_, pool_, ring_),
     tables_(gpu_, pool_, ring_),
@@ -65,15 +69,30 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
     gates_(gpu_, pool_),
     ups_(gpu_, pool_),
     allowed_(gpu_, pool_),
-    weights_are_there_(weights != nullptr && weights->is_filled()) {
+    mixture_lists_(gpu_, pool_),
+    mixed_gates_(gpu_, pool_),
+    mixed_ups_(gpu_, pool_),
+    weights_are_there_(weights != nullptr && weights->is_filled()),
+    steps_(gpu_) {
+  const char* graphs = std::getenv("TROUPE_CUDA_GRAPHS");
+  records_steps_ = graphs == nullptr || std::strcmp(graphs, "off") != 0;
   description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name() + ")";
-  flag_ = gpu_.ok() ? allocate(sizeof(std::int32_t)) : nullptr;
+  flag_ = allocate(sizeof(std::int32_t));
+  counters_ = allocate((kMixedRows + 1) * sizeof(std::int32_t));
 }
 
 bool cuda_ops::begin(std::int32_t num_rows) {
   tick();
   gpu_.stream();
   return gpu_.ok() && num_rows > 0;
+}
+
+bool cuda_ops::begin_waiting(std::int32_t num_rows) {
+  if (gpu_.is_recording()) {
+    gpu_.spoil_recording("it waits for the device");
+    return false;
+  }
+  return begin(num_rows);
 }
 
 void cuda_ops::launched(const char* what) {
@@ -112,7 +131,7 @@ std::shared_ptr<void> cuda_ops::allocate(std::size_t bytes) {
 }
 
 void cuda_ops::copy_to_host(const rows_view& from, void* to) {
-  if (!begin(from.num_rows)) {
+  if (!begin_waiting(from.num_rows)) {
     return;
   }
   const auto bytes = static_cast<std::size_t>(from.num_cols) * 2;
@@ -123,7 +142,7 @@ void cuda_ops::copy_to_host(const rows_view& from, void* to) {
 }
 
 void cuda_ops::copy_from_host(const void* from, const rows_view& to) {
-  if (!begin(to.num_rows)) {
+  if (!begin_waiting(to.num_rows)) {
     return;
   }
   const auto bytes = static_cast<std::size_t>(to.num_cols) * 2;
@@ -144,7 +163,7 @@ void cuda_ops::embed(const weight_matrix& table, std::span<const std::int32_t> i
   if (!begin(num_ids)) {
     return;
   }
-  const auto* device_ids = ring_.put(ids);
+  const auto* device_ids = ids_.find(ids);
   if (gpu_.ok()) {
     launch_embed(stream_, table, device_ids, num_ids, as_bf16(out));
     launched("embed");
@@ -206,6 +225,7 @@ void cuda_ops::latent_attention(const rows_view& q_latent, const rows_view& q_ro
                                 float scale, const batch_view& batch, const kv_layer_view& kv,
                                 const rows_view& out) {
   if (begin(q_latent.num_rows)) {
+    const trace range("attention");
     launch_latent_attention(
       stream_, as_bf16(q_latent), as_bf16(q_rope), q_rope_head_stride, num_heads, scale,
       upload_batch(batch),
@@ -219,6 +239,7 @@ void cuda_ops::grouped_attention(const rows_view& q, std::int32_t num_heads, flo
                                  const rows_view& out) {
   const std::int32_t width = kv.num_kv_heads * kv.head_dim;
   if (begin(q.num_rows)) {
+    const trace range("attention");
     launch_grouped_attention(
       stream_, as_bf16(q), num_heads, kv.num_kv_heads, scale, upload_batch(batch),
       {static_cast<bf16*>(kv.data), kv.page_tokens, width, width}, as_bf16(out));
@@ -240,6 +261,14 @@ void cuda_ops::add(const rows_view& x, const rows_view& delta) {
   }
 }
 
+void cuda_ops::add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight,
+                            float epsilon, const rows_view& out) {
+  if (begin(x.num_rows)) {
+    launch_add_rms_norm(stream_, as_bf16(x), as_bf16(delta), weight, epsilon, as_bf16(out));
+    launched("add_rms_norm");
+  }
+}
+
 void cuda_ops::add_bias(const rows_view& x, const float* bias) {
   if (begin(x.num_rows)) {
     launch_add_bias(stream_, as_bf16(x), bias);
@@ -250,7 +279,7 @@ void cuda_ops::add_bias(const rows_view& x, const float* bias) {
 void cuda_ops::route(const rows_view& x, const weight_matrix& w, const float* bias,
                      const router_params& params, std::span<std::int32_t> experts,
                      std::span<float> weights) {
-  if (!begin(x.num_rows)) {
+  if (!begin_waiting(x.num_rows)) {
     return;
   }
   constexpr std::int32_t kMostRows = 4096;
@@ -293,14 +322,34 @@ void cuda_ops::combine(const rows_view& expert_out, std::span<const std::int32_t
   }
 }
 
+void cuda_ops::step(const step_key& key, std::span<const std::int32_t> ids, const batch_view& batch,
+                    const std::function<void()>& work) {
+  const trace range("step");
+  if (!records_steps_ || key.num_rows > kMixedRows || gpu_.is_recording() || !begin(key.num_rows)) {
+    work();
+    return;
+  }
+  if (!ids.empty()) {
+    ids_.place(ids);
+  }
+  positions_.place(batch.positions);
+  sequences_.place(batch.sequences);
+  tables_.place(batch.block_tables);
+  offsets_.place(batch.block_table_offsets);
+  if (gpu_.ok()) {
+    steps_.compute(key, work);
+  }
+}
+
 void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> params,
                       std::span<sampled_token> out) {
   const auto num_rows = logits.num_rows;
   std::fill_n(out.begin(), num_rows,
               sampled_token{-1, -std::numeric_limits<float>::infinity(), 0, {}, {}});
-  if (!begin(num_rows)) {
+  if (!begin_waiting(num_rows)) {
     return;
   }
+  const trace range("sampling");
   sampling_.clear();
   banned_.clear();
   for (std::int32_t m = 0; m < num_rows; ++m) {
@@ -343,7 +392,7 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
 }
 
 bool cuda_ops::all_finite(const rows_view& x) {
-  if (!begin(x.num_rows)) {
+  if (!begin_waiting(x.num_rows)) {
     return gpu_.ok();
   }
   auto* host = static_cast<std::int32_t*>(download_.take(sizeof(std::int32_t)));

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -7,6 +8,7 @@
 #include "troupe/kernels/cuda/context.hpp"
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 #include "troupe/kernels/cuda/kernels.hpp"
+#include "troupe/kernels/cuda/recording.hpp"
 
 namespace troupe::kernels::cuda {
 
@@ -36,6 +38,9 @@ public:
                 const rows_view& out) override;
   void linear(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
   void logits(const rows_view& x, const weight_matrix& w, const rows_view& out) override;
+  void linears(const rows_view& x, std::span<const linear_part> parts) override;
+  void mlp(const rows_view& x, const expert_weights& w, const rows_view& gate, const rows_view& up,
+           const rows_view& out) override;
   void linear_per_head(const rows_view& x, std::int32_t x_head_stride, const weight_matrix& w,
                        std::int32_t num_heads, const rows_view& out,
                        std::int32_t out_head_stride) override;
@@ -59,6 +64,8 @@ public:
                          const rows_view& out) override;
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
+  void add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight, float epsilon,
+                    const rows_view& out) override;
   void add_bias(const rows_view& x, const float* bias) override;
   void route(const rows_view& x, const weight_matrix& w, const float* bias,
              const router_params& params, std::span<std::int32_t> experts,
@@ -68,6 +75,10 @@ public:
   void combine(const rows_view& expert_out, std::span<const std::int32_t> expert_rows,
                std::span<const float> weights, std::int32_t top_k, const rows_view& shared,
                const rows_view& out) override;
+  bool mixture(const rows_view& x, const mixture_weights& w, const router_params& params,
+               const mixture_scratch& scratch, const rows_view& out) override;
+  void step(const step_key& key, std::span<const std::int32_t> ids, const batch_view& batch,
+            const std::function<void()>& work) override;
   void sample(const rows_view& logits, std::span<const sampling_params> params,
               std::span<sampled_token> out) override;
   bool all_finite(const rows_view& x) override;
@@ -77,6 +88,7 @@ public:
   void break_down() override;
   device_memory memory() const override;
   void* stream() const override { return stream_; }
+  std::uint64_t num_repeated_steps() const override { return steps_.num_repeated(); }
 
 private:
   struct readable_rows {
@@ -87,6 +99,8 @@ private:
 
   /// Counts, makes the device current and says whether there is anything to do.
   bool begin(std::int32_t num_rows = 1);
+  /// The same for what waits for the device, which a recorded step cannot.
+  bool begin_waiting(std::int32_t num_rows = 1);
   void launched(const char* what);
   void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
 
@@ -124,6 +138,14 @@ private:
                   std::int64_t out_stride);
   void multiply_runs(linear_args args);
 
+  /// The experts of a layer for launch_plan_mixture.
+  struct expert_table {
+    std::vector<std::array<const void*, 3>> experts; ///< gate, up, down as `place` returned them
+    std::shared_ptr<void> memory;                    ///< expert_parts; null: shapes differ
+    packed_matrix gate, down;                        ///< shapes
+  };
+  const expert_table* find_experts(std::span<const expert_weights> experts);
+
   context gpu_;
   cudaStream_t stream_;
   std::atomic<std::uint64_t> unwatched_{0};
@@ -133,9 +155,12 @@ private:
   device_pool weight_pool_;
   upload_ring ring_;
   download_buffer download_;
-  mirrored_array positions_, sequences_, tables_, offsets_;
+  mirrored_array ids_, positions_, sequences_, tables_, offsets_;
   scratch staging_, padded_, packed_rows_, router_logits_, results_, gates_, ups_, allowed_;
-  std::shared_ptr<void> flag_; ///< one number
+  scratch mixture_lists_, mixed_gates_, mixed_ups_;
+  std::vector<std::unique_ptr<expert_table>> expert_tables_;
+  std::shared_ptr<void> flag_;     ///< one number
+  std::shared_ptr<void> counters_; ///< of mixture_router
   std::vector<std::unique_ptr<placed_weight>> weights_;
   bool weights_are_there_; ///< a predecessor has placed them
   std::shared_ptr<void>
@@ -148,6 +173,8 @@ private:
   std::vector<std::int32_t> task_rows_, slots_, task_slots_;
   std::vector<device_sampling> sampling_;
   std::vector<std::int32_t> banned_;
+  recorded_steps steps_;
+  bool records_steps_;
 };
 
 } // namespace troupe::kernels::cuda

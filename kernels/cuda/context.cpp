@@ -43,6 +43,11 @@ cudaStream_t context::stream() {
 }
 
 bool context::check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess && is_recording_) {
+    spoil_recording(cudaGetErrorName(status));
+    cudaGetLastError();
+    return failure_.empty();
+  }
   if (status != cudaSuccess && failure_.empty()) {
     failure_ = "cuda:" + std::to_string(device_) + ": " + what + ": " + cudaGetErrorName(status)
                + ": " + cudaGetErrorString(status);
@@ -51,7 +56,27 @@ bool context::check(cudaError_t status, const char* what) {
 }
 
 bool context::synchronise() {
+  if (is_recording_) {
+    spoil_recording("it waits for the device");
+    return failure_.empty();
+  }
   return check(cudaStreamSynchronize(stream()), "waiting for the stream");
+}
+
+void context::begin_recording() {
+  is_recording_ = true;
+  spoilt_by_.clear();
+}
+
+void context::spoil_recording(const char* why) {
+  if (spoilt_by_.empty()) {
+    spoilt_by_ = why;
+  }
+}
+
+std::string context::end_recording() {
+  is_recording_ = false;
+  return spoilt_by_;
 }
 
 std::shared_ptr<void> device_pool::new_slab(std::size_t bytes) {
@@ -93,6 +118,11 @@ std::shared_ptr<void> device_pool::take(std::size_t bytes) {
 
 void* scratch::take_bytes(std::size_t bytes) {
   if (bytes > size_ || memory_ == nullptr) {
+    if (gpu_.is_recording()) {
+      gpu_.spoil_recording("scratch memory grows");
+      return memory_.get();
+    }
+    gpu_.begin_generation();
     gpu_.synchronise(); // the old piece may be in use
     memory_ = nullptr;
     memory_ = pool_.take(std::max(bytes, size_ * 2));
@@ -131,6 +161,10 @@ std::size_t upload_ring::reserve(std::size_t bytes) {
 }
 
 const void* upload_ring::put_bytes(const void* from, std::size_t bytes) {
+  if (gpu_.is_recording()) {
+    gpu_.spoil_recording("it uploads");
+    return device_;
+  }
   const auto at = reserve(bytes);
   if (!gpu_.ok()) {
     return nullptr;
@@ -143,6 +177,10 @@ const void* upload_ring::put_bytes(const void* from, std::size_t bytes) {
 }
 
 void upload_ring::put_into(void* to, const void* from, std::size_t bytes) {
+  if (gpu_.is_recording()) {
+    gpu_.spoil_recording("it uploads");
+    return;
+  }
   const auto at = reserve(bytes);
   if (!gpu_.ok()) {
     return;
@@ -163,8 +201,18 @@ const std::int32_t* mirrored_array::find(std::span<const std::int32_t> values) {
       return device_ + offset;
     }
   }
+  place(values);
+  return device_;
+}
+
+void mirrored_array::place(std::span<const std::int32_t> values) {
   // Something else at the same place, or another array with the same content.
-  if (count != size || !std::equal(values.begin(), values.end(), content_.begin())) {
+  if (values.size() != content_.size()
+      || !std::equal(values.begin(), values.end(), content_.begin())) {
+    if (gpu_.is_recording()) {
+      gpu_.spoil_recording("it uploads");
+      return;
+    }
     content_.assign(values.begin(), values.end());
     device_ = memory_.take<std::int32_t>(std::max<std::size_t>(values.size(), 4096));
     if (device_ != nullptr) {
@@ -172,7 +220,6 @@ const std::int32_t* mirrored_array::find(std::span<const std::int32_t> values) {
     }
   }
   host_ = values.data();
-  return device_;
 }
 
 download_buffer::~download_buffer() {
@@ -181,7 +228,7 @@ download_buffer::~download_buffer() {
 
 void* download_buffer::take(std::size_t bytes) {
   if (bytes > size_) {
-    gpu_.synchronise();
+    gpu_.synchronise(); // a copy may be on its way
     cudaFreeHost(memory_);
     memory_ = nullptr;
     size_ = bytes * 2;

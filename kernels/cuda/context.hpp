@@ -40,6 +40,20 @@ public:
   /// Waits for everything queued.
   bool synchronise();
 
+  /// While a step is recorded (recording.hpp), nothing may wait, move memory or upload. Who has to
+  /// says so instead of doing it, and the recording is thrown away. Nothing that is queued
+  /// meanwhile runs, and errors are not the GPU's.
+  void begin_recording();
+  bool is_recording() const { return is_recording_; }
+  void spoil_recording(const char* why);
+
+  /// Says what has spoilt it; empty if nothing has.
+  std::string end_recording();
+
+  /// Scratch memory has moved so often. A recorded step is good for one generation.
+  std::uint64_t generation() const { return generation_; }
+  void begin_generation() { ++generation_; }
+
 private:
   std::int32_t device_;
   std::int32_t num_multiprocessors_ = 1;
@@ -47,6 +61,9 @@ private:
   std::string name_;
   std::string failure_;
   cudaStream_t stream_ = nullptr;
+  bool is_recording_ = false;
+  std::string spoilt_by_;
+  std::uint64_t generation_ = 0;
 };
 
 /// Device memory in slabs, so that the driver is asked seldom. A piece lives as long as the
@@ -126,12 +143,16 @@ private:
 class mirrored_array {
 public:
   mirrored_array(context& gpu, device_pool& pool, upload_ring& ring)
-    : memory_(gpu, pool), ring_(ring) {}
+    : gpu_(gpu), memory_(gpu, pool), ring_(ring) {}
 
   /// Where `values` are in device memory. Parts of the array last given are recognised.
   const std::int32_t* find(std::span<const std::int32_t> values);
 
+  /// Puts `values` at the begin of the device's array, where `find` then knows it.
+  void place(std::span<const std::int32_t> values);
+
 private:
+  context& gpu_;
   scratch memory_;
   upload_ring& ring_;
   const std::int32_t* host_ = nullptr;

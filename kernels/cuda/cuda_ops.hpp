@@ -38,6 +38,10 @@ public:
 
   virtual device_memory memory() const = 0;
 
+  /// Calls of `step` that repeated what an earlier one had recorded. TROUPE_CUDA_GRAPHS=off in the
+  /// environment keeps an object from recording.
+  virtual std::uint64_t num_repeated_steps() const = 0;
+
   /// The CUDA stream (cudaStream_t) on which everything is queued.
   virtual void* stream() const = 0;
 };

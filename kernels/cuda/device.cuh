@@ -57,6 +57,11 @@ __device__ inline float block_max(float value, float* memory) {
   return best;
 }
 
+/// SwiGLU of one element.
+__device__ inline float gated(float gate, float up) {
+  return gate / (1.0F + expf(-gate)) * up;
+}
+
 /// Where a position of a row's sequence lies in the pages.
 __device__ inline std::int64_t place_of(const device_batch& batch, const device_pages& pages,
                                         std::int32_t row, std::int32_t position) {

@@ -50,9 +50,12 @@ __global__ void rms_norm(rows_of_bf16 x, const float* weight, float epsilon, row
   }
 }
 
-/// The same for rows of whole pieces of 16 bytes, at most one for each thread.
+/// The same for rows of whole pieces of 16 bytes, at most one for each thread. kAdds: x += delta
+/// before, and what is normed is what x then holds.
+template <bool kAdds>
 __global__ void __launch_bounds__(1024)
-  rms_norm_pieces(rows_of_bf16 x, const float* weight, float epsilon, rows_of_bf16 out) {
+  rms_norm_pieces(rows_of_bf16 x, const bf16* delta, std::int64_t delta_stride, const float* weight,
+                  float epsilon, rows_of_bf16 out) {
   __shared__ float memory[32];
   const auto at = static_cast<std::int32_t>(threadIdx.x);
   const bool mine = at < x.num_cols / 8;
@@ -62,6 +65,19 @@ __global__ void __launch_bounds__(1024)
   } in;
   if (mine) {
     in.words = reinterpret_cast<const uint4*>(x.data + blockIdx.x * x.stride)[at];
+    if constexpr (kAdds) {
+      const uint4 more = reinterpret_cast<const uint4*>(delta + blockIdx.x * delta_stride)[at];
+      const std::uint32_t pairs[4] = {more.x, more.y, more.z, more.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float low = __uint_as_float(in.pairs[j] << 16) + __uint_as_float(pairs[j] << 16);
+        const float high =
+          __uint_as_float(in.pairs[j] & 0xFFFF0000U) + __uint_as_float(pairs[j] & 0xFFFF0000U);
+        const auto pair = __floats2bfloat162_rn(low, high);
+        memcpy(&in.pairs[j], &pair, 4);
+      }
+      reinterpret_cast<uint4*>(x.data + blockIdx.x * x.stride)[at] = in.words;
+    }
   }
   float values[8];
   float squares = 0.0F;
@@ -129,7 +145,7 @@ __global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
   if (k < gate.num_cols) {
     const float g = load(gate.data + row * gate.stride + k);
     const float u = load(up.data + row * up.stride + k);
-    store(out.data + row * out.stride + k, g / (1.0F + expf(-g)) * u);
+    store(out.data + row * out.stride + k, gated(g, u));
   }
 }
 
@@ -217,6 +233,15 @@ rows_of_bf16 slice(rows_of_bf16 x, std::int32_t first, std::int32_t count) {
   return x;
 }
 
+/// Rows of a model are all aligned or none of them is, so a row always meets the same kernel.
+bool is_in_pieces(const rows_of_bf16& x, const float* weight, const rows_of_bf16& out) {
+  const auto addresses = reinterpret_cast<std::uintptr_t>(x.data)
+                         | reinterpret_cast<std::uintptr_t>(out.data)
+                         | reinterpret_cast<std::uintptr_t>(weight);
+  const bool whole = addresses % 16 == 0 && (x.stride | out.stride | x.num_cols) % 8 == 0;
+  return whole && x.num_cols <= 8 * 1024;
+}
+
 } // namespace
 
 void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::int32_t* ids,
@@ -227,14 +252,9 @@ void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::in
 
 void launch_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const float* weight, float epsilon,
                      const rows_of_bf16& out) {
-  // Rows of a model are all aligned or none of them is, so a row always meets the same kernel.
-  const auto addresses = reinterpret_cast<std::uintptr_t>(x.data)
-                         | reinterpret_cast<std::uintptr_t>(out.data)
-                         | reinterpret_cast<std::uintptr_t>(weight);
-  const bool whole = addresses % 16 == 0 && (x.stride | out.stride | x.num_cols) % 8 == 0;
-  if (whole && x.num_cols <= 8 * 1024) {
+  if (is_in_pieces(x, weight, out)) {
     const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
-    rms_norm_pieces<<<x.num_rows, threads, 0, stream>>>(x, weight, epsilon, out);
+    rms_norm_pieces<false><<<x.num_rows, threads, 0, stream>>>(x, nullptr, 0, weight, epsilon, out);
   } else {
     rms_norm<<<x.num_rows, kThreads, 0, stream>>>(x, weight, epsilon, out);
   }
@@ -268,6 +288,20 @@ void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& 
     add<<<grid_of(part), kThreads, 0, stream>>>(part, slice(delta, first, count).data, delta.stride,
                                                 nullptr);
   });
+}
+
+void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta,
+                         const float* weight, float epsilon, const rows_of_bf16& out) {
+  const bool delta_is_whole =
+    reinterpret_cast<std::uintptr_t>(delta.data) % 16 == 0 && delta.stride % 8 == 0;
+  if (delta_is_whole && is_in_pieces(x, weight, out)) {
+    const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
+    rms_norm_pieces<true>
+      <<<x.num_rows, threads, 0, stream>>>(x, delta.data, delta.stride, weight, epsilon, out);
+  } else {
+    launch_add(stream, x, delta);
+    launch_rms_norm(stream, x, weight, epsilon, out);
+  }
 }
 
 void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias) {

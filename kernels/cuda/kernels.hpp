@@ -68,6 +68,9 @@ void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of
 void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
                    const rows_of_bf16& out);
 void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta);
+/// x += delta, rounded; out = rms_norm(x).
+void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta,
+                         const float* weight, float epsilon, const rows_of_bf16& out);
 void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias);
 void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
                     const float* weights, std::int32_t top_k, const rows_of_bf16& shared,
@@ -96,11 +99,18 @@ struct linear_job {
   void* out = nullptr;
   std::int32_t num_rows = 0;    ///< of x
   std::int32_t first_group = 0; ///< of packed rows
+  // Of few rows alone.
+  std::int32_t num_cols = 0;   ///< of the result, and rows of the weight; 0: as linear_args says
+  std::int32_t out_stride = 0; ///< 0: as linear_args says
+  const void* second_data = nullptr; ///< of linear_args::gated: the weight of the second product
+  const float* second_scales = nullptr;
+  const std::uint8_t* second_zeros = nullptr;
 };
 
 struct linear_args {
   packed_matrix w; ///< shape; data, scales and zeros come from the job
   linear_job job;
+  linear_job other;                 ///< the second of two jobs, if it has data
   const linear_job* jobs = nullptr; ///< several; null: `job` alone, moved by the steps below
   std::int32_t num_jobs = 1;
   std::int32_t max_rows = 0; ///< of any job
@@ -111,10 +121,14 @@ struct linear_args {
   std::int64_t x_stride = 0; ///< readable up to whole blocks, rows begin at multiples of 16 bytes
   std::int64_t out_stride = 0;
   bool float_out = false;
+  bool gated = false; ///< out = silu(x . w) * (x . second weight); at most kGatedRows rows
   const void* packed_x = nullptr; ///< rows as launch_pack_rows leaves them; null: not packed
   std::int64_t packed_groups = 0; ///< groups of eight rows
   std::int64_t packed_step = 0;   ///< bytes from job to job
 };
+
+/// Rows of a job with linear_args::gated.
+inline constexpr std::int32_t kGatedRows = 8;
 
 /// Groups of packed rows that a kernel may read beyond the last.
 inline constexpr std::int32_t kSpareGroups = 16;

@@ -20,10 +20,15 @@ struct weight_block {
 };
 
 /// A warp sums one part of kTiles tiles of rows of the weight for 8 * kTokenTiles rows of x.
-template <packed_type Type, int kTiles, int kTokenTiles>
+/// kGated: of two tiles, the second is that of the second weight, and both make one tile of the
+/// result.
+template <packed_type Type, int kTiles, int kTokenTiles, bool kGated>
 __global__ void __launch_bounds__(kLinearWarps * 32) linear_few(const linear_args args) {
   constexpr int kWords = kWordsOfBlock<Type>;
+  static_assert(!kGated || kTiles == 2);
   constexpr int kRows = kTiles * kTileRows;
+  constexpr int kOutTiles = kGated ? 1 : kTiles;
+  constexpr int kOutRows = kOutTiles * kTileRows;
   constexpr int kTokens = kTokenTiles * 8;
   __shared__ float sums[kLinearWarps][kTokens][kRows + 1];
 
@@ -38,9 +43,14 @@ __global__ void __launch_bounds__(kLinearWarps * 32) linear_few(const linear_arg
   const std::int32_t splits = num_splits(w.num_cols);
   const std::int32_t split = warp % splits;
   const std::int32_t group = blockIdx.x * (kLinearWarps / splits) + warp / splits;
-  const std::int32_t num_tiles = ceil_div(w.num_rows, kTileRows);
+  const std::int32_t weight_rows = job.num_cols > 0 ? job.num_cols : w.num_rows;
+  const std::int32_t job_cols = job.num_cols > 0 ? job.num_cols : args.job_cols;
+  const std::int32_t num_tiles = ceil_div(weight_rows, kTileRows);
   // A job may begin inside a tile.
   const std::int32_t first_row = blockIdx.y * args.row_step;
+  if (job.num_cols > 0 && (group - warp / splits) * kOutRows >= job_cols) {
+    return; // of another job, which is wider
+  }
   const std::int32_t first_tile = first_row / kTileRows;
   const std::int32_t num_blocks = ceil_div(w.num_cols, kBlockCols);
   const std::int32_t first_block = split * num_blocks / splits;
@@ -52,14 +62,19 @@ __global__ void __launch_bounds__(kLinearWarps * 32) linear_few(const linear_arg
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
     // Warps beyond the edge compute the last tile again, and store nothing.
-    const std::int32_t index = min(first_tile + group * kTiles + r, num_tiles - 1);
-    tile[r] = static_cast<const uint4*>(job.data) + std::int64_t{index} * w.num_chunks * 64 + lane;
+    const std::int32_t index =
+      min(first_tile + group * kOutTiles + (kGated ? 0 : r), num_tiles - 1);
+    const bool is_second = kGated && r == 1;
+    const void* data = is_second ? job.second_data : job.data;
+    const float* scales = is_second ? job.second_scales : job.scales;
+    const std::uint8_t* zeros = is_second ? job.second_zeros : job.zeros;
+    tile[r] = static_cast<const uint4*>(data) + std::int64_t{index} * w.num_chunks * 64 + lane;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const std::int32_t row = min(index * kTileRows + h * 8 + lane / 4, w.num_rows - 1);
+      const std::int32_t row = min(index * kTileRows + h * 8 + lane / 4, weight_rows - 1);
       const auto at = std::int64_t{row / w.block_rows} * w.num_scale_cols;
-      scale[r][h] = job.scales == nullptr ? nullptr : job.scales + at;
-      zero[r][h] = job.zeros == nullptr ? nullptr : job.zeros + at;
+      scale[r][h] = scales == nullptr ? nullptr : scales + at;
+      zero[r][h] = zeros == nullptr ? nullptr : zeros + at;
     }
   }
   const uint4* x[kTokenTiles];
@@ -157,28 +172,39 @@ __global__ void __launch_bounds__(kLinearWarps * 32) linear_few(const linear_arg
   }
   __syncthreads();
   const int first_warp = warp / splits * splits;
-  for (int i = split * 32 + lane; i < kTokens * kRows; i += splits * 32) {
-    const int token = i / kRows;
-    const int row = i % kRows;
+  const auto sum_of = [&](int token, int row) {
     float sum = sums[first_warp][token][row];
     for (int s = 1; s < splits; ++s) {
       sum += sums[first_warp + s][token][row];
     }
+    return sum;
+  };
+  for (int i = split * 32 + lane; i < kTokens * kOutRows; i += splits * 32) {
+    const int token = i / kOutRows;
+    const int row = i % kOutRows;
+    float value = sum_of(token, row);
+    if constexpr (kGated) {
+      // Rounded as two results of their own would be.
+      const float up = sum_of(token, row + kTileRows);
+      value = gated(__bfloat162float(__float2bfloat16_rn(value)),
+                    __bfloat162float(__float2bfloat16_rn(up)));
+    }
     const std::int32_t out_row = first_token + token;
-    const std::int32_t out_col = group * kRows + row - first_row % kTileRows;
-    if (out_row < job.num_rows && out_col >= 0 && out_col < args.job_cols) {
-      store_out(args, job, out_row, out_col, sum);
+    const std::int32_t out_col = group * kOutRows + row - first_row % kTileRows;
+    if (out_row < job.num_rows && out_col >= 0 && out_col < job_cols) {
+      store_out(args, job, out_row, out_col, value);
     }
   }
 }
 
-template <packed_type Type, int kTiles, int kTokenTiles>
+template <packed_type Type, int kTiles, int kTokenTiles, bool kGated = false>
 void launch_few(cudaStream_t stream, const linear_args& args) {
   const bool aligned = args.row_step % kTileRows == 0;
-  const auto groups = ceil_div(args.job_cols + (aligned ? 0 : kTileRows), kTiles * kTileRows);
+  const auto groups =
+    ceil_div(args.job_cols + (aligned ? 0 : kTileRows), (kGated ? 1 : kTiles) * kTileRows);
   const dim3 grid(ceil_div(groups, kLinearWarps / num_splits(args.w.num_cols)), args.num_jobs,
                   ceil_div(args.max_rows, kTokenTiles * 8));
-  linear_few<Type, kTiles, kTokenTiles><<<grid, kLinearWarps * 32, 0, stream>>>(args);
+  linear_few<Type, kTiles, kTokenTiles, kGated><<<grid, kLinearWarps * 32, 0, stream>>>(args);
 }
 
 /// The shape that suits the number of rows and of tiles; every shape gives the same bits.
@@ -186,7 +212,9 @@ template <packed_type Type>
 void launch_typed(cudaStream_t stream, const linear_args& args, std::int32_t num_multiprocessors) {
   const auto num_groups = std::int64_t{ceil_div(args.job_cols, kTileRows)} * args.num_jobs
                           * num_splits(args.w.num_cols) / kLinearWarps;
-  if (args.packed_x != nullptr) {
+  if (args.gated) {
+    launch_few<Type, 2, 1, true>(stream, args);
+  } else if (args.packed_x != nullptr) {
     launch_wide<Type>(stream, args, num_multiprocessors);
   } else if (args.max_rows > 32) {
     launch_many<Type, 2, 2>(stream, args);

@@ -100,6 +100,9 @@ __device__ inline linear_job job_of(const linear_args& args, unsigned index) {
   if (args.jobs != nullptr) {
     return args.jobs[index];
   }
+  if (index == 1 && args.other.data != nullptr) {
+    return args.other;
+  }
   linear_job job = args.job;
   job.x += index * args.x_step;
   job.out = static_cast<char*>(job.out) + index * args.out_step * (args.float_out ? 4 : 2);
@@ -108,7 +111,7 @@ __device__ inline linear_job job_of(const linear_args& args, unsigned index) {
 
 __device__ inline void store_out(const linear_args& args, const linear_job& job, std::int32_t row,
                                  std::int32_t col, float value) {
-  const auto at = row * args.out_stride + col;
+  const auto at = row * (job.out_stride > 0 ? job.out_stride : args.out_stride) + col;
   if (args.float_out) {
     static_cast<float*>(job.out)[at] = value;
   } else {

@@ -37,6 +37,16 @@ struct packed_matrix {
   packed_type type = packed_type::bf16;
 };
 
+/// Whether one launch can multiply with both, but for the numbers of rows.
+constexpr bool same_layout(const packed_matrix& a, const packed_matrix& b) {
+  return a.type == b.type && a.num_cols == b.num_cols && a.block_rows == b.block_rows
+         && a.num_scale_cols == b.num_scale_cols && a.blocks_per_scale == b.blocks_per_scale;
+}
+
+constexpr bool same_shape(const packed_matrix& a, const packed_matrix& b) {
+  return same_layout(a, b) && a.num_rows == b.num_rows;
+}
+
 /// Columns of a chunk.
 constexpr std::int32_t chunk_cols(packed_type type) {
   return type == packed_type::bf16 ? 32 : type == packed_type::i4 ? 128 : 64;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cassert>
 
+#include "troupe/kernels/cuda/trace.hpp"
+
 /// Weights and products of cuda_ops.
 namespace troupe::kernels::cuda {
 
@@ -10,6 +12,9 @@ namespace {
 
 /// From so many rows on, packing them for the matrix unit of Hopper pays.
 constexpr std::int32_t kWideFrom = 33;
+
+/// Most rows of the kernel that reads weights straight into registers.
+constexpr std::int32_t kFewRows = 32;
 
 /// Product weights whose notes share a table.
 constexpr std::size_t kNotes = 16384;
@@ -291,6 +296,65 @@ void cuda_ops::logits(const rows_view& x, const weight_matrix& w, const rows_vie
   multiply_rows(x, x.num_cols, w, 1, out, 0, true);
 }
 
+/// Two products of few rows, each too small to keep a GPU busy, in one launch.
+void cuda_ops::linears(const rows_view& x, std::span<const linear_part> parts) {
+  const bool is_pair = parts.size() == 2 && x.num_rows <= kFewRows
+                       && same_layout(packed(parts[0].w), packed(parts[1].w));
+  if (!is_pair) {
+    for (const auto& part : parts) {
+      linear(x, part.w, part.out);
+    }
+    return;
+  }
+  if (!begin(x.num_rows)) {
+    return;
+  }
+  const auto input = make_readable(x, 1, x.num_cols, packed(parts[0].w));
+  const auto job_of = [&](const linear_part& part) {
+    const auto& w = packed(part.w);
+    linear_job job{w.data, w.scales, w.zeros, input.data, nullptr, part.out.data, x.num_rows};
+    job.num_cols = w.num_rows;
+    job.out_stride = part.out.stride;
+    return job;
+  };
+  linear_args args;
+  args.w = packed(parts[0].w);
+  args.job = job_of(parts[0]);
+  args.other = job_of(parts[1]);
+  args.num_jobs = 2;
+  args.max_rows = x.num_rows;
+  args.job_cols = std::max(args.job.num_cols, args.other.num_cols);
+  args.x_stride = input.stride;
+  multiply(args);
+}
+
+void cuda_ops::mlp(const rows_view& x, const expert_weights& w, const rows_view& gate,
+                   const rows_view& up, const rows_view& out) {
+  if (x.num_rows > kGatedRows || !same_shape(packed(w.gate), packed(w.up))) {
+    ops::mlp(x, w, gate, up, out);
+    return;
+  }
+  if (!begin(x.num_rows)) {
+    return;
+  }
+  const auto& first = packed(w.gate);
+  const auto& second = packed(w.up);
+  const auto input = make_readable(x, 1, x.num_cols, first);
+  linear_args args;
+  args.w = first;
+  args.job = {first.data, first.scales, first.zeros, input.data, nullptr, gate.data, x.num_rows};
+  args.job.second_data = second.data;
+  args.job.second_scales = second.scales;
+  args.job.second_zeros = second.zeros;
+  args.gated = true;
+  args.max_rows = x.num_rows;
+  args.job_cols = first.num_rows;
+  args.x_stride = input.stride;
+  args.out_stride = gate.stride;
+  multiply(args);
+  linear(gate, w.down, out);
+}
+
 void cuda_ops::linear_per_head(const rows_view& x, std::int32_t x_head_stride,
                                const weight_matrix& w, std::int32_t num_heads, const rows_view& out,
                                std::int32_t out_head_stride) {
@@ -384,6 +448,7 @@ void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
   if (!begin(num_tasks)) {
     return;
   }
+  const trace range("experts");
   task_rows_.clear();
   std::int32_t widest = 0;
   for (const auto& task : tasks) {

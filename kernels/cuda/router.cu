@@ -1,6 +1,4 @@
-#include "troupe/kernels/cuda/device.cuh"
-
-#include <cmath>
+#include "troupe/kernels/cuda/router.cuh"
 
 namespace troupe::kernels::cuda {
 
@@ -8,7 +6,7 @@ namespace {
 
 constexpr int kWarps = 8;
 
-/// One warp an expert, in float32 throughout: a tie may hang on it.
+/// One warp an expert.
 __global__ void router_logits(rows_of_bf16 x, const void* w, bool is_float, bool is_aligned,
                               std::int32_t num_experts, float* logits) {
   const std::int64_t row = blockIdx.y;
@@ -16,54 +14,11 @@ __global__ void router_logits(rows_of_bf16 x, const void* w, bool is_float, bool
   if (expert >= num_experts) {
     return;
   }
-  const bf16* from = x.data + row * x.stride;
-  const auto first = std::int64_t{expert} * x.num_cols;
-  float dot = 0.0F;
-  if (!is_float && is_aligned) {
-    const auto* values = reinterpret_cast<const uint4*>(from);
-    const auto* row_of_w = reinterpret_cast<const uint4*>(static_cast<const bf16*>(w) + first);
-#pragma unroll 4
-    for (std::int32_t k = threadIdx.x % 32; k < x.num_cols / 8; k += 32) {
-      const uint4 a = values[k];
-      const uint4 b = __ldg(row_of_w + k);
-      const std::uint32_t as[4] = {a.x, a.y, a.z, a.w};
-      const std::uint32_t bs[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dot = fmaf(__uint_as_float(as[j] << 16), __uint_as_float(bs[j] << 16), dot);
-        dot = fmaf(__uint_as_float(as[j] & 0xFFFF0000U), __uint_as_float(bs[j] & 0xFFFF0000U), dot);
-      }
-    }
-    dot = warp_sum(dot);
-    if (threadIdx.x % 32 == 0) {
-      logits[row * num_experts + expert] = dot;
-    }
-    return;
-  }
-  for (std::int32_t k = threadIdx.x % 32; k < x.num_cols; k += 32) {
-    const float weight = is_float ? static_cast<const float*>(w)[first + k]
-                                  : __bfloat162float(static_cast<const bf16*>(w)[first + k]);
-    dot = fmaf(__bfloat162float(from[k]), weight, dot);
-  }
-  dot = warp_sum(dot);
+  const float logit =
+    router_logit(x.data + row * x.stride, x.num_cols, w, is_float, is_aligned, expert);
   if (threadIdx.x % 32 == 0) {
-    logits[row * num_experts + expert] = dot;
+    logits[row * num_experts + expert] = logit;
   }
-}
-
-/// What a group is ranked by.
-__device__ float group_score(const float* scores, std::int32_t count, group_rank rank) {
-  float best = -INFINITY;
-  float second = -INFINITY;
-  for (std::int32_t i = 0; i < count; ++i) {
-    if (scores[i] > best) {
-      second = best;
-      best = scores[i];
-    } else if (scores[i] > second) {
-      second = scores[i];
-    }
-  }
-  return count == 1 || rank == group_rank::best ? best : best + second;
 }
 
 /// One warp a row.
@@ -71,100 +26,9 @@ __global__ void __launch_bounds__(32)
   choose_experts(const float* logits, const float* bias, router_params params,
                  std::int32_t* experts, float* weights) {
   extern __shared__ float memory[];
-  const std::int32_t num_experts = params.num_experts;
-  const std::int32_t group_size = num_experts / params.num_groups;
-  float* scores = memory;                     // [num_experts]
-  float* biased = scores + num_experts;       // [num_experts]
-  float* groups = biased + num_experts;       // [num_groups]
-  float* chosen = groups + params.num_groups; // [num_experts], 1 where taken
   const auto row = static_cast<std::int64_t>(blockIdx.x);
-  const auto lane = static_cast<std::int32_t>(threadIdx.x);
-  logits += row * num_experts;
-  experts += row * params.top_k;
-  weights += row * params.top_k;
-
-  float largest = -INFINITY;
-  for (std::int32_t e = lane; e < num_experts; e += 32) {
-    largest = fmaxf(largest, logits[e]);
-  }
-  largest = warp_max(largest);
-  float sum = 0.0F;
-  for (std::int32_t e = lane; e < num_experts; e += 32) {
-    scores[e] = params.score == router_score::sigmoid ? 1.0F / (1.0F + expf(-logits[e]))
-                                                      : expf(logits[e] - largest);
-    sum += scores[e];
-  }
-  sum = warp_sum(sum);
-  for (std::int32_t e = lane; e < num_experts; e += 32) {
-    if (params.score == router_score::softmax) {
-      scores[e] /= sum;
-    }
-    const float score = bias == nullptr ? scores[e] : scores[e] + bias[e];
-    biased[e] = score == score ? score : -INFINITY;
-    chosen[e] = 0.0F;
-  }
-  __syncwarp();
-  if (params.num_groups_kept < params.num_groups) {
-    for (std::int32_t g = lane; g < params.num_groups; g += 32) {
-      groups[g] = group_score(biased + g * group_size, group_size, params.rank);
-    }
-    __syncwarp();
-    for (std::int32_t e = lane; e < num_experts; e += 32) {
-      const std::int32_t g = e / group_size;
-      std::int32_t rank = 0;
-      for (std::int32_t other = 0; other < params.num_groups; ++other) {
-        rank += groups[other] > groups[g] || (groups[other] == groups[g] && other < g) ? 1 : 0;
-      }
-      if (rank >= params.num_groups_kept) {
-        biased[e] = -INFINITY;
-      }
-    }
-    __syncwarp();
-  }
-  for (std::int32_t k = 0; k < params.top_k; ++k) {
-    float best = 0.0F;
-    std::int32_t at = num_experts; // of nobody
-    for (std::int32_t e = lane; e < num_experts; e += 32) {
-      if (chosen[e] == 0.0F && (at == num_experts || biased[e] > best)) {
-        best = biased[e];
-        at = e;
-      }
-    }
-    for (int step = 16; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, best, step);
-      const std::int32_t other_at = __shfl_xor_sync(kAllLanes, at, step);
-      const bool other_valid = other_at < num_experts;
-      const bool better = at == num_experts || other > best || (other == best && other_at < at);
-      if (other_valid && better) {
-        best = other;
-        at = other_at;
-      }
-    }
-    if (lane == 0) {
-      chosen[at] = 1.0F;
-    }
-    __syncwarp();
-  }
-  std::int32_t count = 0;
-  for (std::int32_t first = 0; first < num_experts; first += 32) {
-    const bool mine = first + lane < num_experts && chosen[first + lane] != 0.0F;
-    const unsigned taken = __ballot_sync(kAllLanes, mine);
-    if (mine) {
-      const std::int32_t at = count + __popc(taken & ((1U << lane) - 1));
-      experts[at] = first + lane;
-      biased[at] = scores[first + lane]; // no longer needed for anything else
-    }
-    count += __popc(taken);
-  }
-  __syncwarp();
-  float total = 0.0F;
-  for (std::int32_t k = 0; k < params.top_k; ++k) {
-    total += biased[k];
-  }
-  const float divisor = params.normalise ? total + 1e-20F : 1.0F;
-  for (std::int32_t k = lane; k < params.top_k; k += 32) {
-    weights[k] = biased[k] / divisor * params.scaling_factor;
-  }
+  choose_of_row(logits + row * params.num_experts, bias, params, memory,
+                experts + row * params.top_k, weights + row * params.top_k);
 }
 
 } // namespace
@@ -172,18 +36,14 @@ __global__ void __launch_bounds__(32)
 void launch_router_logits(cudaStream_t stream, const rows_of_bf16& x, const weight_matrix& w,
                           float* logits) {
   const dim3 grid(ceil_div(w.num_rows, kWarps), x.num_rows);
-  const auto addresses =
-    reinterpret_cast<std::uintptr_t>(x.data) | reinterpret_cast<std::uintptr_t>(w.data);
-  const bool is_aligned = addresses % 16 == 0 && x.stride % 8 == 0 && x.num_cols % 8 == 0;
   router_logits<<<grid, kWarps * 32, 0, stream>>>(x, w.data, w.type == element_type::f32,
-                                                  is_aligned, w.num_rows, logits);
+                                                  rows_are_aligned(x, w.data), w.num_rows, logits);
 }
 
 void launch_choose_experts(cudaStream_t stream, const float* logits, std::int32_t num_rows,
                            const float* bias, const router_params& params, std::int32_t* experts,
                            float* weights) {
-  const auto bytes =
-    static_cast<std::size_t>(3 * params.num_experts + params.num_groups) * sizeof(float);
+  const auto bytes = static_cast<std::size_t>(floats_of_choice(params)) * sizeof(float);
   choose_experts<<<num_rows, 32, bytes, stream>>>(logits, bias, params, experts, weights);
 }
 

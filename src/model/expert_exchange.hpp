@@ -43,6 +43,11 @@ public:
   load(std::shared_ptr<tensor_source> source, const model_config& config, std::int32_t first_layer,
        std::int32_t end_layer, std::int32_t max_rows, kernels::ops& ops);
 
+  /// For devices that mix them without an exchange (kernels::ops::mixture).
+  std::span<const kernels::expert_weights> experts_of(std::int32_t layer) const {
+    return model_->experts_of(layer);
+  }
+
   expected<void> begin(std::int32_t layer, const kernels::rows_view& x,
                        std::span<const std::int32_t> experts, std::int32_t top_k) override;
   expected<void> finish(const kernels::rows_view& expert_out,

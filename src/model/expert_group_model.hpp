@@ -34,6 +34,11 @@ public:
   expert_range experts() const { return experts_; }
   std::int32_t hidden_size() const { return hidden_size_; }
 
+  /// The experts of a MoE layer, the same array as long as the model lives.
+  std::span<const kernels::expert_weights> experts_of(std::int32_t layer) const {
+    return layers_[layer - first_layer_];
+  }
+
   /// out[i] = expert tasks[i].expert of `layer` applied to x[tasks[i].row]. Experts are local:
   /// 0 is the first of this group. Tasks are sorted by expert. x [rows, hidden], out [at least
   /// tasks.size(), hidden]. Errors: invalid_request for anything out of range, as tasks may

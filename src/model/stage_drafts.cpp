@@ -1,6 +1,7 @@
 #include "troupe/model/stage_model.hpp"
 
 #include <algorithm>
+#include <functional>
 
 #include <fmt/format.h>
 
@@ -85,13 +86,16 @@ expected<void> stage_model::draft(const draft_input& input, std::span<std::int32
 expected<void> stage_model::compute_mtp(std::int32_t num_rows, std::span<const std::int32_t> tokens,
                                         const kernels::batch_view& batch,
                                         expert_exchange* experts) {
-  const auto input = mtp_input_.view(num_rows);
-  const auto embedded = slice_cols(input, type_, 0, config_.hidden_size);
-  const auto hidden = mtp_hidden_.view(num_rows);
-  ops_.embed(*weights_.embedding, tokens, embedded);
-  ops_.rms_norm(embedded, weights_.mtp->embedding_norm, config_.rms_norm_eps, embedded);
-  ops_.linear(input, weights_.mtp->projection, hidden);
-  return compute_layer(config_.num_layers - options_.first_layer, hidden, batch, experts);
+  const auto compute = [&] {
+    const auto input = mtp_input_.view(num_rows);
+    const auto embedded = slice_cols(input, type_, 0, config_.hidden_size);
+    const auto hidden = mtp_hidden_.view(num_rows);
+    ops_.embed(*weights_.embedding, tokens, embedded);
+    ops_.rms_norm(embedded, weights_.mtp->embedding_norm, config_.rms_norm_eps, embedded);
+    ops_.linear(input, weights_.mtp->projection, hidden);
+    return compute_layer(config_.num_layers - options_.first_layer, hidden, batch, experts);
+  };
+  return compute_step(step_id_ + 1, tokens, batch, experts, std::ref(compute));
 }
 
 /// Draws the drafts of this depth, and keeps the chains that draft once more.

@@ -1,6 +1,8 @@
 #include "troupe/model/stage_model.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <functional>
 
 #include <fmt/format.h>
 
@@ -32,6 +34,12 @@ bool has_moe(const model_config& config, const stage_options& options) {
     if (config.is_moe_layer(layer))
       return true;
   return false;
+}
+
+/// Two numbers that no other stage of this process has had, whatever lives where it lived.
+std::uint64_t new_step_ids() {
+  static std::atomic<std::uint64_t> next{1};
+  return next.fetch_add(2, std::memory_order_relaxed);
 }
 
 kernels::router_params make_router_params(const model_config& config) {
@@ -145,6 +153,7 @@ void stage_model::attach_kv(void* data, std::int32_t num_pages, std::int32_t pag
   kv_ = static_cast<std::byte*>(data);
   num_pages_ = num_pages;
   page_tokens_ = page_tokens;
+  step_id_ = new_step_ids();
 }
 
 kv_pages stage_model::pages_of(std::int32_t local_layer) const {
@@ -209,19 +218,17 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
     return tl::unexpected(std::move(ok.error()));
   const auto num_rows = static_cast<std::int32_t>(input.batch.positions.size());
   const auto hidden = hidden_.view(num_rows);
-  if (is_first()) {
-    ops_.embed(*weights_.embedding, input.tokens, hidden);
-  } else {
+  if (!is_first()) {
     ops_.copy_from_host(input.hidden, hidden);
     if (options_.checks_finite && !ops_.all_finite(hidden))
       return fail(error_code::internal,
                   fmt::format("hidden rows that came for layer {} hold values that are not finite",
                               options_.first_layer));
   }
-  for (auto layer = options_.first_layer; layer < options_.end_layer; ++layer)
-    if (auto ok = compute_layer(layer - options_.first_layer, hidden, input.batch, input.experts);
-        !ok)
-      return tl::unexpected(std::move(ok.error()));
+  const auto compute = [&] { return compute_layers(input, hidden); };
+  if (auto ok = compute_step(step_id_, input.tokens, input.batch, input.experts, std::ref(compute));
+      !ok)
+    return tl::unexpected(std::move(ok.error()));
   if (input.spoil != nullptr) [[unlikely]]
     (*input.spoil)(hidden);
   if (options_.checks_finite && !ops_.all_finite(hidden))
@@ -233,6 +240,29 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
   return hidden;
 }
 
+/// Without an exchange, a step is nothing but operations on the device, which may know it already.
+expected<void> stage_model::compute_step(std::uint64_t what, std::span<const std::int32_t> tokens,
+                                         const kernels::batch_view& batch, expert_exchange* experts,
+                                         const std::function<expected<void>()>& compute) {
+  if (experts != nullptr)
+    return compute();
+  expected<void> result;
+  const auto work = [&] { result = compute(); };
+  ops_.step({what, static_cast<std::int32_t>(batch.positions.size())}, tokens, batch,
+            std::ref(work));
+  return result;
+}
+
+expected<void> stage_model::compute_layers(const stage_input& input, const rows_view& hidden) {
+  if (is_first())
+    ops_.embed(*weights_.embedding, input.tokens, hidden);
+  for (auto layer = options_.first_layer; layer < options_.end_layer; ++layer)
+    if (auto ok = compute_layer(layer - options_.first_layer, hidden, input.batch, input.experts);
+        !ok)
+      return ok;
+  return {};
+}
+
 expected<void> stage_model::compute_layer(std::int32_t local_layer, const rows_view& hidden,
                                           const kernels::batch_view& batch,
                                           expert_exchange* experts) {
@@ -241,11 +271,9 @@ expected<void> stage_model::compute_layer(std::int32_t local_layer, const rows_v
   const auto delta = delta_.view(hidden.num_rows);
   ops_.rms_norm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
   attention_->compute(local_layer, normed, batch, pages_of(local_layer), delta);
-  ops_.add(hidden, delta);
-  ops_.rms_norm(hidden, layer.post_attention_norm, config_.rms_norm_eps, normed);
+  ops_.add_rms_norm(hidden, delta, layer.post_attention_norm, config_.rms_norm_eps, normed);
   if (layer.moe)
-    return mix_experts(options_.first_layer + local_layer, *layer.moe,
-                       experts != nullptr ? *experts : *own_experts_, hidden);
+    return mix_experts(options_.first_layer + local_layer, *layer.moe, experts, hidden);
   compute_mlp(*layer.mlp, normed, delta);
   ops_.add(hidden, delta);
   return {};
@@ -259,8 +287,27 @@ void stage_model::compute_mlp(const kernels::expert_weights& w, const rows_view&
   ops_.mlp(x, w, gate, up, out);
 }
 
+/// The mixture without a look at the choice. False where the device wants the host to see it.
+bool stage_model::mix_on_device(std::int32_t layer, const moe_weights& w, const rows_view& hidden) {
+  const auto num_rows = hidden.num_rows;
+  kernels::mixture_weights weights{w.gate, w.bias, own_experts_->experts_of(layer), nullptr};
+  kernels::mixture_scratch scratch;
+  if (w.shared) {
+    const auto width = w.shared->gate.num_rows;
+    weights.shared = &*w.shared;
+    scratch.gate = slice_cols(gate_.view(num_rows), type_, 0, width);
+    scratch.up = slice_cols(up_.view(num_rows), type_, 0, width);
+    scratch.shared_out = delta_.view(num_rows);
+  }
+  scratch.expert_out = expert_out_.view(num_rows * config_.num_experts_per_token);
+  return ops_.mixture(normed_.view(num_rows), weights, router_, scratch, hidden);
+}
+
 expected<void> stage_model::mix_experts(std::int32_t layer, const moe_weights& w,
-                                        expert_exchange& exchange, const rows_view& hidden) {
+                                        expert_exchange* given, const rows_view& hidden) {
+  if (given == nullptr && mix_on_device(layer, w, hidden))
+    return {};
+  auto& exchange = given != nullptr ? *given : *own_experts_;
   const auto num_rows = hidden.num_rows;
   const auto top_k = config_.num_experts_per_token;
   const auto num_tasks = static_cast<std::size_t>(num_rows) * top_k;

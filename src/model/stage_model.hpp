@@ -141,6 +141,10 @@ private:
   expected<void> check_batch(const kernels::batch_view& batch) const;
   expected<void> check_drafts(const draft_input& input, std::span<const std::int32_t> out) const;
   kv_pages pages_of(std::int32_t local_layer) const;
+  expected<void> compute_step(std::uint64_t what, std::span<const std::int32_t> tokens,
+                              const kernels::batch_view& batch, expert_exchange* experts,
+                              const std::function<expected<void>()>& compute);
+  expected<void> compute_layers(const stage_input& input, const kernels::rows_view& hidden);
   expected<void> compute_layer(std::int32_t local_layer, const kernels::rows_view& hidden,
                                const kernels::batch_view& batch, expert_exchange* experts);
   expected<void> compute_mtp(std::int32_t num_rows, std::span<const std::int32_t> tokens,
@@ -150,8 +154,9 @@ private:
                  const float* weight, const kernels::rows_view& out);
   void compute_mlp(const kernels::expert_weights& w, const kernels::rows_view& x,
                    const kernels::rows_view& out);
-  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange& exchange,
+  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
                              const kernels::rows_view& hidden);
+  bool mix_on_device(std::int32_t layer, const moe_weights& w, const kernels::rows_view& hidden);
 
   model_config config_;
   stage_options options_;
@@ -163,6 +168,7 @@ private:
   std::unique_ptr<local_experts> own_experts_;
   kernels::router_params router_;
 
+  std::uint64_t step_id_ = 0; ///< kernels::step_key::what of the layers; the next: the MTP layer's
   std::byte* kv_ = nullptr;
   std::int32_t num_pages_ = 0;
   std::int32_t page_tokens_ = 0;

@@ -199,6 +199,34 @@ void bench_experts(gpu_ops& ops) {
     print(name, time, 3.0 * distinct * kHidden * kInner + 4.0 * num_tasks * kHidden,
           6.0 * num_tasks * kHidden * kInner);
   }
+
+  weight_matrix router;
+  router.data = noise().data();
+  router.type = element_type::bf16;
+  router.num_rows = kExperts;
+  router.num_cols = kHidden;
+  mixture_weights w;
+  w.router = ops.place(router, weight_use::stored);
+  w.experts = experts;
+  w.shared = &experts.front();
+  router_params params{kExperts, 8, 4, kTopK, 2.5F};
+  constexpr int kMixed = 64;
+  const auto sum = random_rows(ops, std::size_t{kMixed} * kHidden);
+  const auto room = ops.allocate(std::size_t{kMixed} * (2 * kInner + kHidden) * 2);
+  const auto rows_at = [&](std::size_t first, int rows, int cols) {
+    return rows_view{static_cast<std::uint16_t*>(room.get()) + first, rows, cols, cols};
+  };
+  for (const int batch : {1, 8, 32, 64}) {
+    const mixture_scratch scratch{rows_at(0, batch, kInner),
+                                  rows_at(std::size_t{kMixed} * kInner, batch, kInner),
+                                  rows_at(std::size_t{kMixed} * 2 * kInner, batch, kHidden),
+                                  {out.get(), batch * kTopK, kHidden, kHidden}};
+    const double time = time_graph(ops, 4, [&](int) {
+      ops.mixture({x.get(), batch, kHidden, kHidden}, w, params, scratch,
+                  {sum.get(), batch, kHidden, kHidden});
+    });
+    std::printf("mixture f8 with router and shared expert, %2d rows %7.1f us\n", batch, time);
+  }
 }
 
 void bench_sample(gpu_ops& ops) {

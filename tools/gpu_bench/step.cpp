@@ -175,6 +175,8 @@ void bench_steps(kernels::cuda::gpu_ops& ops) {
     std::printf("decode step, %3d sequences at 512: %9.1f us  %8.0f tokens/s\n", size, time,
                 size / time * 1e6);
   }
+  std::printf("%llu of these steps were repeated as they had been recorded\n",
+              static_cast<unsigned long long>(ops.num_repeated_steps()));
   batch b;
   for (std::int32_t i = 0; i < kMostRows; ++i) {
     b.tokens.push_back(i * 977 % config->vocab_size);

@@ -124,6 +124,27 @@ TEST_CASE("weighted sums of expert rows are those of the reference") {
   }
 }
 
+TEST_CASE("a sum and its norm at once have the bits of one after the other") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(14);
+  for (const auto& [rows, cols, stride] :
+       {std::tuple{5, 7168, 7168}, {3, 200, 208}, {70, 64, 64}, {2, 100, 103}, {2, 9000, 9000}}) {
+    const auto x = random_rows(rows, cols, random);
+    const gpu_rows delta(random_rows(rows, cols, random), stride);
+    const auto* weight = gpu_vector(random_matrix(1, cols, random).data);
+    const gpu_rows once(x, stride), twice(x, stride), out(rows, cols), expected(rows, cols);
+    gpu()->add(twice.view(), delta.view());
+    gpu()->rms_norm(twice.view(), weight, 1e-6F, expected.view());
+    gpu()->add_rms_norm(once.view(), delta.view(), weight, 1e-6F, out.view());
+    INFO(rows << " x " << cols);
+    CHECK(same_bits(once.read(), twice.read()));
+    CHECK(same_bits(out.read(), expected.read()));
+    CHECK_FALSE(same_bits(once.read(), x));
+  }
+}
+
 TEST_CASE("values that are not finite are found wherever they are") {
   if (gpu() == nullptr) {
     return;

@@ -154,6 +154,34 @@ inline matrix select_rows(const matrix& from, const std::vector<int>& rows) {
   return result;
 }
 
+/// A weight of 4 bit with zero points.
+inline test_weight random_i4(int rows, int cols, int block_cols, std::mt19937& random) {
+  test_weight w;
+  const auto groups = (cols + block_cols - 1) / block_cols;
+  const auto bytes = std::size_t(rows) * ((cols + 1) / 2);
+  w.data = std::make_shared<std::vector<unsigned char>>(bytes);
+  w.scales = std::make_shared<std::vector<unsigned char>>(std::size_t(rows) * groups * 5);
+  for (auto& byte : *w.data) {
+    byte = static_cast<unsigned char>(random());
+  }
+  auto* zeros = w.scales->data() + std::size_t(rows) * groups * 4;
+  std::uniform_real_distribution<float> uniform(0.001F, 0.01F);
+  for (int i = 0; i < rows * groups; ++i) {
+    const float scale = uniform(random);
+    std::memcpy(w.scales->data() + i * 4, &scale, 4);
+    zeros[i] = static_cast<unsigned char>(random() % 16);
+  }
+  w.view = {w.data->data(),
+            element_type::i4,
+            rows,
+            cols,
+            reinterpret_cast<const float*>(w.scales->data()),
+            1,
+            block_cols,
+            zeros};
+  return w;
+}
+
 inline std::vector<int> shuffled(int count, std::mt19937& random) {
   std::vector<int> result(count);
   std::iota(result.begin(), result.end(), 0);

@@ -17,34 +17,6 @@ struct shape {
   int block_cols = 0;
 };
 
-/// A weight of 4 bit with zero points.
-test_weight random_i4(int rows, int cols, int block_cols, std::mt19937& random) {
-  test_weight w;
-  const auto groups = (cols + block_cols - 1) / block_cols;
-  const auto bytes = std::size_t(rows) * ((cols + 1) / 2);
-  w.data = std::make_shared<std::vector<unsigned char>>(bytes);
-  w.scales = std::make_shared<std::vector<unsigned char>>(std::size_t(rows) * groups * 5);
-  for (auto& byte : *w.data) {
-    byte = static_cast<unsigned char>(random());
-  }
-  auto* zeros = w.scales->data() + std::size_t(rows) * groups * 4;
-  std::uniform_real_distribution<float> uniform(0.001F, 0.01F);
-  for (int i = 0; i < rows * groups; ++i) {
-    const float scale = uniform(random);
-    std::memcpy(w.scales->data() + i * 4, &scale, 4);
-    zeros[i] = static_cast<unsigned char>(random() % 16);
-  }
-  w.view = {w.data->data(),
-            element_type::i4,
-            rows,
-            cols,
-            reinterpret_cast<const float*>(w.scales->data()),
-            1,
-            block_cols,
-            zeros};
-  return w;
-}
-
 test_weight weight_of(const shape& s, std::mt19937& random) {
   if (s.type == element_type::i4) {
     return random_i4(s.num_rows, s.num_cols, s.block_cols, random);
@@ -205,6 +177,77 @@ TEST_CASE("a product by heads is one product for each head") {
       CHECK(same_bits(some_out.read(), select_rows(got, first)));
     }
   }
+}
+
+TEST_CASE("two products at once have the bits of one after the other") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  using troupe::kernels::linear_part;
+  std::mt19937 random(6);
+  const std::pair<shape, shape> kPairs[] = {
+    {{576, 7168, element_type::f8_e4m3, 128, 128}, {1536, 7168, element_type::f8_e4m3, 128, 128}},
+    {{200, 320, element_type::bf16}, {24, 320, element_type::bf16}},
+    {{40, 384, element_type::i8, 1, 128}, {130, 384, element_type::i8, 1, 128}},
+    {{72, 256, element_type::i4, 1, 128}, {72, 256, element_type::i4, 1, 128}},
+    {{64, 256, element_type::bf16}, {64, 256, element_type::f8_e4m3, 128, 128}}};
+  for (const auto& [a, b] : kPairs) {
+    const auto first = weight_of(a, random);
+    const auto second = weight_of(b, random);
+    const weight_matrix placed[] = {gpu()->place(first.view), gpu()->place(second.view)};
+    const auto x = random_rows(40, a.num_cols, random);
+    for (const int count : {1, 5, 8, 9, 32, 33, 40}) {
+      std::vector<int> rows(count);
+      std::iota(rows.begin(), rows.end(), 0);
+      const gpu_rows input(select_rows(x, rows), a.num_cols + 8);
+      const gpu_rows out_a(count, a.num_rows, a.num_rows + 5), out_b(count, b.num_rows);
+      const gpu_rows want_a(count, a.num_rows), want_b(count, b.num_rows);
+      const linear_part parts[] = {{placed[0], out_a.view()}, {placed[1], out_b.view()}};
+      gpu()->linears(input.view(), parts);
+      gpu()->linear(input.view(), placed[0], want_a.view());
+      gpu()->linear(input.view(), placed[1], want_b.view());
+      INFO(a.num_rows << " and " << b.num_rows << " x " << a.num_cols << ", " << count << " rows");
+      CHECK(same_bits(out_a.read(), want_a.read()));
+      CHECK(same_bits(out_b.read(), want_b.read()));
+    }
+  }
+  CHECK(gpu()->failure().empty());
+}
+
+TEST_CASE("an MLP has the bits of its operations one by one") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(7);
+  for (const auto& [inner, hidden, type] :
+       {std::tuple{2048, 1024, element_type::f8_e4m3}, std::tuple{100, 72, element_type::bf16},
+        std::tuple{384, 256, element_type::i8}, std::tuple{48, 640, element_type::i4}}) {
+    const bool is_scaled = type != element_type::bf16;
+    const bool is_f8 = type == element_type::f8_e4m3;
+    const int block_rows = !is_scaled ? 0 : is_f8 ? 128 : 1;
+    const auto gate = weight_of({inner, hidden, type, block_rows, 128}, random);
+    const auto up = weight_of({inner, hidden, type, block_rows, 128}, random);
+    const auto down = weight_of({hidden, inner, type, block_rows, 128}, random);
+    const troupe::kernels::expert_weights w{gpu()->place(gate.view), gpu()->place(up.view),
+                                            gpu()->place(down.view)};
+    const auto x = random_rows(12, hidden, random, 0.3F);
+    for (const int count : {1, 3, 8, 9, 12}) {
+      std::vector<int> rows(count);
+      std::iota(rows.begin(), rows.end(), 0);
+      const gpu_rows input(select_rows(x, rows));
+      const gpu_rows gates(count, inner, inner + 8), ups(count, inner, inner + 8);
+      const gpu_rows out(count, hidden), expected(count, hidden);
+      gpu()->mlp(input.view(), w, gates.view(), ups.view(), out.view());
+      gpu()->linear(input.view(), w.gate, gates.view());
+      gpu()->linear(input.view(), w.up, ups.view());
+      gpu()->swiglu(gates.view(), ups.view(), gates.view());
+      gpu()->linear(gates.view(), w.down, expected.view());
+      INFO(inner << " x " << hidden << ", " << count << " rows");
+      CHECK(same_bits(out.read(), expected.read()));
+      CHECK(distance(out.read(), expected.read()) < kRounding); // no NaN
+    }
+  }
+  CHECK(gpu()->failure().empty());
 }
 
 TEST_CASE("experts compute their tasks as the reference does, whatever the crowd") {

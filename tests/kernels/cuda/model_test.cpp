@@ -26,18 +26,20 @@ public:
   static constexpr std::int32_t page_tokens = 16;
 
   gpu_model(const std::string& directory, std::int32_t max_sequences, std::int32_t max_tokens,
-            std::int32_t max_rows)
-    : pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
+            std::int32_t max_rows, kernels::ops* ops = nullptr, std::int32_t max_drafts = 0)
+    : ops_(ops != nullptr ? *ops : *gpu()),
+      pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
     auto config = load_model_config(directory);
     REQUIRE(config);
     auto source = open_weights(directory);
     REQUIRE(source);
     const auto num_pages = pages_per_sequence_ * max_sequences;
-    auto stage =
-      stage_model::load(*source, *config, {0, config->num_layers, max_rows, true}, *gpu());
+    stage_options options{0, config->num_layers, max_rows, true};
+    options.max_drafts = max_drafts;
+    auto stage = stage_model::load(*source, *config, options, ops_);
     REQUIRE(stage);
     stage_ = std::move(*stage);
-    kv_ = gpu()->allocate(stage_->kv_bytes(num_pages, page_tokens));
+    kv_ = ops_.allocate(stage_->kv_bytes(num_pages, page_tokens));
     stage_->attach_kv(kv_.get(), num_pages, page_tokens);
   }
 
@@ -62,7 +64,25 @@ public:
     input.batch = {positions, sequences, tables, offsets};
     auto hidden = stage_->forward(input);
     if (!hidden)
-      FAIL(hidden.error().cause << " " << gpu()->failure());
+      FAIL(hidden.error().cause << " " << ops_.failure());
+  }
+
+  /// Drafts behind the only row of the last forward pass, at `position` of sequence 0.
+  std::vector<std::int32_t> draft(std::int32_t position, std::int32_t next_token,
+                                  std::int32_t count) {
+    const std::vector<std::int32_t> rows{0}, tokens{next_token}, positions{position};
+    const std::vector<std::int32_t> sequences{0}, offsets{0};
+    std::vector<std::int32_t> tables(pages_per_sequence_);
+    std::iota(tables.begin(), tables.end(), 0);
+    const std::vector<draft_chain> chains{{0, count, {}}};
+    std::vector<std::int32_t> result(stage_->options().max_drafts);
+    draft_input input;
+    input.rows = rows;
+    input.tokens = tokens;
+    input.batch = {positions, sequences, tables, offsets};
+    input.chains = chains;
+    REQUIRE(stage_->draft(input, result));
+    return result;
   }
 
   void append_logits(std::int32_t first, std::int32_t count, std::vector<float>& out) {
@@ -79,7 +99,7 @@ public:
       auto view = *logits;
       view.num_cols *= 2;
       view.stride *= 2;
-      gpu()->copy_to_host(view, out.data() + at);
+      ops_.copy_to_host(view, out.data() + at);
     }
   }
 
@@ -95,6 +115,7 @@ public:
   }
 
 private:
+  kernels::ops& ops_;
   std::int32_t pages_per_sequence_;
   std::unique_ptr<stage_model> stage_;
   std::shared_ptr<void> kv_;
@@ -117,6 +138,7 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
     const auto expected = test::load_golden(directory);
     gpu_model model(directory, 1, 512, 512);
     std::vector<double> deviations;
+    const auto repeated = gpu()->num_repeated_steps();
     for (std::size_t i = 0; i < expected.size(); ++i) {
       const auto tokens = expected[i].all_tokens();
       const auto whole = model.score(tokens, 512);
@@ -125,6 +147,7 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
         INFO(name << ", prompt " << i);
         for (const std::int32_t chunk : {1, 7, 64})
           CHECK(same_bits(model.score(tokens, chunk), whole));
+        CHECK(gpu()->num_repeated_steps() > repeated); // rows that came one by one
       }
     }
     // A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
@@ -178,4 +201,41 @@ TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden token
     INFO("conversation " << s << ", margin " << expected[s].min_margin);
     CHECK(drawn[s] == expected[s].tokens);
   }
+}
+
+TEST_CASE("drafts and logits of recorded steps are those of steps as they stand", "[model]") {
+  if (gpu() == nullptr)
+    return;
+  const auto directory = source_directory() + "/configs/models/troupe-mini";
+  const auto expected = test::load_golden(directory);
+  std::string error;
+  ::setenv("TROUPE_CUDA_GRAPHS", "off", 1);
+  const auto plain_ops = kernels::cuda::make_cuda_ops(0, error);
+  ::unsetenv("TROUPE_CUDA_GRAPHS");
+  REQUIRE(plain_ops != nullptr);
+  const auto repeated = gpu()->num_repeated_steps();
+  gpu_model recorded(directory, 1, 320, 512, nullptr, 2);
+  gpu_model plain(directory, 1, 320, 512, plain_ops.get(), 2);
+  const auto tokens = expected.front().all_tokens();
+  const auto count = static_cast<std::int32_t>(std::min<std::size_t>(tokens.size(), 60));
+  int num_drafted = 0;
+  for (std::int32_t position = 0; position + 1 < count; ++position) {
+    std::vector<float> logits[2];
+    std::vector<std::int32_t> drafts[2];
+    int i = 0;
+    for (auto* model : {&recorded, &plain}) {
+      model->forward({{0, position, {tokens[position]}}});
+      model->append_logits(0, 1, logits[i]);
+      drafts[i++] = model->draft(position, tokens[position + 1], 1 + position % 2);
+    }
+    INFO("position " << position);
+    CHECK(same_bits(logits[0], logits[1]));
+    CHECK(drafts[0] == drafts[1]);
+    num_drafted += drafts[0][0] >= 0 ? 1 : 0;
+  }
+  CHECK(num_drafted > count / 2);
+  CHECK(gpu()->num_repeated_steps() > repeated + count);
+  CHECK(plain_ops->num_repeated_steps() == 0);
+  CHECK(gpu()->failure().empty());
+  CHECK(plain_ops->failure().empty());
 }

@@ -1,0 +1,165 @@
+#pragma once
+
+// What the kernels that choose experts share.
+
+#include <cmath>
+
+#include "troupe/kernels/cuda/device.cuh"
+
+namespace troupe::kernels::cuda {
+
+/// The logit of one expert, by one warp, in float32 throughout: a tie may hang on it. Every lane
+/// gets it.
+__device__ inline float router_logit(const bf16* from, std::int32_t num_cols, const void* w,
+                                     bool is_float, bool is_aligned, std::int32_t expert) {
+  const auto first = std::int64_t{expert} * num_cols;
+  float dot = 0.0F;
+  if (!is_float && is_aligned) {
+    const auto* values = reinterpret_cast<const uint4*>(from);
+    const auto* row_of_w = reinterpret_cast<const uint4*>(static_cast<const bf16*>(w) + first);
+#pragma unroll 4
+    for (std::int32_t k = threadIdx.x % 32; k < num_cols / 8; k += 32) {
+      const uint4 a = values[k];
+      const uint4 b = __ldg(row_of_w + k);
+      const std::uint32_t as[4] = {a.x, a.y, a.z, a.w};
+      const std::uint32_t bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        dot = fmaf(__uint_as_float(as[j] << 16), __uint_as_float(bs[j] << 16), dot);
+        dot = fmaf(__uint_as_float(as[j] & 0xFFFF0000U), __uint_as_float(bs[j] & 0xFFFF0000U), dot);
+      }
+    }
+    return warp_sum(dot);
+  }
+  for (std::int32_t k = threadIdx.x % 32; k < num_cols; k += 32) {
+    const float weight = is_float ? static_cast<const float*>(w)[first + k]
+                                  : __bfloat162float(static_cast<const bf16*>(w)[first + k]);
+    dot = fmaf(__bfloat162float(from[k]), weight, dot);
+  }
+  return warp_sum(dot);
+}
+
+/// What a group is ranked by.
+__device__ inline float group_score(const float* scores, std::int32_t count, group_rank rank) {
+  float best = -INFINITY;
+  float second = -INFINITY;
+  for (std::int32_t i = 0; i < count; ++i) {
+    if (scores[i] > best) {
+      second = best;
+      best = scores[i];
+    } else if (scores[i] > second) {
+      second = scores[i];
+    }
+  }
+  return count == 1 || rank == group_rank::best ? best : best + second;
+}
+
+/// Whether router_logit may read both in pieces of 16 bytes.
+inline bool rows_are_aligned(const rows_of_bf16& x, const void* w) {
+  const auto addresses =
+    reinterpret_cast<std::uintptr_t>(x.data) | reinterpret_cast<std::uintptr_t>(w);
+  return addresses % 16 == 0 && x.stride % 8 == 0 && x.num_cols % 8 == 0;
+}
+
+constexpr std::int32_t floats_of_choice(const router_params& params) {
+  return 3 * params.num_experts + params.num_groups;
+}
+
+/// The choice of one row, by one warp. `memory` holds floats_of_choice. The logits may have been
+/// written by other blocks.
+__device__ inline void choose_of_row(const float* logits, const float* bias,
+                                     const router_params& params, float* memory,
+                                     std::int32_t* experts, float* weights) {
+  const std::int32_t num_experts = params.num_experts;
+  const std::int32_t group_size = num_experts / params.num_groups;
+  float* scores = memory;                     // [num_experts]
+  float* biased = scores + num_experts;       // [num_experts]
+  float* groups = biased + num_experts;       // [num_groups]
+  float* chosen = groups + params.num_groups; // [num_experts], 1 where taken
+  const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
+
+  float largest = -INFINITY;
+  for (std::int32_t e = lane; e < num_experts; e += 32) {
+    largest = fmaxf(largest, __ldcg(logits + e));
+  }
+  largest = warp_max(largest);
+  float sum = 0.0F;
+  for (std::int32_t e = lane; e < num_experts; e += 32) {
+    scores[e] = params.score == router_score::sigmoid ? 1.0F / (1.0F + expf(-__ldcg(logits + e)))
+                                                      : expf(__ldcg(logits + e) - largest);
+    sum += scores[e];
+  }
+  sum = warp_sum(sum);
+  for (std::int32_t e = lane; e < num_experts; e += 32) {
+    if (params.score == router_score::softmax) {
+      scores[e] /= sum;
+    }
+    const float score = bias == nullptr ? scores[e] : scores[e] + bias[e];
+    biased[e] = score == score ? score : -INFINITY;
+    chosen[e] = 0.0F;
+  }
+  __syncwarp();
+  if (params.num_groups_kept < params.num_groups) {
+    for (std::int32_t g = lane; g < params.num_groups; g += 32) {
+      groups[g] = group_score(biased + g * group_size, group_size, params.rank);
+    }
+    __syncwarp();
+    for (std::int32_t e = lane; e < num_experts; e += 32) {
+      const std::int32_t g = e / group_size;
+      std::int32_t rank = 0;
+      for (std::int32_t other = 0; other < params.num_groups; ++other) {
+        rank += groups[other] > groups[g] || (groups[other] == groups[g] && other < g) ? 1 : 0;
+      }
+      if (rank >= params.num_groups_kept) {
+        biased[e] = -INFINITY;
+      }
+    }
+    __syncwarp();
+  }
+  for (std::int32_t k = 0; k < params.top_k; ++k) {
+    float best = 0.0F;
+    std::int32_t at = num_experts; // of nobody
+    for (std::int32_t e = lane; e < num_experts; e += 32) {
+      if (chosen[e] == 0.0F && (at == num_experts || biased[e] > best)) {
+        best = biased[e];
+        at = e;
+      }
+    }
+    for (int step = 16; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, best, step);
+      const std::int32_t other_at = __shfl_xor_sync(kAllLanes, at, step);
+      const bool other_valid = other_at < num_experts;
+      const bool better = at == num_experts || other > best || (other == best && other_at < at);
+      if (other_valid && better) {
+        best = other;
+        at = other_at;
+      }
+    }
+    if (lane == 0) {
+      chosen[at] = 1.0F;
+    }
+    __syncwarp();
+  }
+  std::int32_t count = 0;
+  for (std::int32_t first = 0; first < num_experts; first += 32) {
+    const bool mine = first + lane < num_experts && chosen[first + lane] != 0.0F;
+    const unsigned taken = __ballot_sync(kAllLanes, mine);
+    if (mine) {
+      const std::int32_t at = count + __popc(taken & ((1U << lane) - 1));
+      experts[at] = first + lane;
+      biased[at] = scores[first + lane]; // no longer needed for anything else
+    }
+    count += __popc(taken);
+  }
+  __syncwarp();
+  float total = 0.0F;
+  for (std::int32_t k = 0; k < params.top_k; ++k) {
+    total += biased[k];
+  }
+  const float divisor = params.normalise ? total + 1e-20F : 1.0F;
+  for (std::int32_t k = lane; k < params.top_k; k += 32) {
+    weights[k] = biased[k] / divisor * params.scaling_factor;
+  }
+}
+
+} // namespace troupe::kernels::cuda
