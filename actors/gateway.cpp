@@ -47,6 +47,7 @@ pre{background:#f4f4f4;padding:1em;overflow:auto}.running,.up{color:#080}.lost,.
 <h1>troupe</h1><div id="s">…</div>
 <script>
 const text = (s) => { const e = document.createElement('span'); e.textContent = s; return e.innerHTML; };
+const gib = (b) => b === undefined ? '?' : (b / 2 ** 30).toFixed(1) + ' GiB';
 async function show() {
   try {
     const c = await (await fetch('/v1/cluster')).json();
@@ -56,6 +57,12 @@ async function show() {
       for (const w of n.workers)
         h += `<li>${text(w.name)} <span class="${w.state}">${w.state}</span> pid ${w.pid}, incarnation ${w.incarnation}, ` +
              `${text(w.device)}: ${w.actors.map(a => text(a.id)).join(', ')}</li>`;
+      for (const k of n.keepers || [])
+        h += `<li>${text(k.name)} ${k.pid ? 'pid ' + k.pid : 'has ended'}, ${text(k.device)}: keeps ${gib(k.kept_bytes)}</li>`;
+      for (const g of n.gpus || [])
+        h += `<li>${text(g.device)} ${text(g.name)}: ${gib(g.memory_used_bytes)} of ${gib(g.memory_total_bytes)} in use` +
+             `${g.utilization === undefined ? '' : `, ${Math.round(g.utilization * 100)} % busy`}` +
+             `${g.temperature_celsius === undefined ? '' : `, ${g.temperature_celsius} °C`}</li>`;
       h += '</ul>';
     }
     h += '<p>recoveries</p><pre>' + text(c.recoveries.slice(-10).map(r =>
@@ -187,6 +194,23 @@ void gateway::serve(http_call& call) {
 }
 
 void gateway::serve_metrics(http_call& call) {
+  const auto& workers = plan_.workers();
+  bool has_gpus = std::any_of(workers.begin(), workers.end(), [](const auto& worker) {
+    return worker.device().starts_with("cuda:");
+  });
+  if (!has_gpus)
+    return answer_metrics(call);
+  // What is known of GPUs is the controller's.
+  ask_controller([this, kept = call](const proto::ClusterStatus* status) mutable {
+    std::vector<proto::DeviceReport> devices;
+    if (status != nullptr)
+      devices.assign(status->devices().begin(), status->devices().end());
+    metrics_.set_devices(std::move(devices));
+    answer_metrics(kept);
+  });
+}
+
+void gateway::answer_metrics(http_call& call) {
   metrics_.set_epoch(view_.epoch());
   metrics_.set_open_requests(calls_.size());
   metrics_.set_journal_errors(journal_.num_errors());
@@ -224,31 +248,32 @@ void gateway::serve_health(http_call& call) {
   answer(call, "/health", 200, R"({"status":"ok"})");
 }
 
+void gateway::ask_controller(std::function<void(const proto::ClusterStatus*)> then) {
+  if (!controller_)
+    return then(nullptr);
+  request(controller_, controller_timeout, status_atom::value)
+    .then([then](const cluster_status& status) { then(&status.body); },
+          [then](caf::error&) { then(nullptr); });
+}
+
 void gateway::serve_status(http_call& call) {
-  auto response = call.response;
-  auto reply = [this, response](const proto::ClusterStatus& status) {
+  ask_controller([this, response = call.response](const proto::ClusterStatus* status) {
+    if (status != nullptr) {
+      last_status_ = *status;
+    } else {
+      // Without the controller the last word on everything else is still the best there is, except
+      // on what changes every second.
+      last_status_.mutable_frontend()->set_endpoint(options_.endpoint);
+      last_status_.mutable_frontend()->set_pid(static_cast<std::uint32_t>(::getpid()));
+      *last_status_.mutable_view() = view_;
+      last_status_.clear_devices();
+    }
     metrics_.count_response("/v1/cluster", 200);
     bool all_serve = !replicas_.empty();
     for (const auto& r : replicas_)
       all_serve = all_serve && r.report.serving;
-    response->send(200, "application/json", telemetry::status_json(status, all_serve));
-  };
-  // Without the controller the last word on everything else is still the best there is.
-  auto reply_from_memory = [this, reply] {
-    last_status_.mutable_frontend()->set_endpoint(options_.endpoint);
-    last_status_.mutable_frontend()->set_pid(static_cast<std::uint32_t>(::getpid()));
-    *last_status_.mutable_view() = view_;
-    reply(last_status_);
-  };
-  if (!controller_)
-    return reply_from_memory();
-  request(controller_, controller_timeout, status_atom::value)
-    .then(
-      [this, reply](const cluster_status& status) {
-        last_status_ = status.body;
-        reply(status.body);
-      },
-      [reply_from_memory](caf::error&) { reply_from_memory(); });
+    response->send(200, "application/json", telemetry::status_json(last_status_, all_serve));
+  });
 }
 
 gateway::behavior_type gateway::make_behavior() {

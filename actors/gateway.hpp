@@ -12,6 +12,7 @@
 #include "troupe/telemetry/metrics.hpp"
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -101,6 +102,9 @@ private:
   void serve_status(http_call& call);
   void serve_health(http_call& call);
   void serve_metrics(http_call& call);
+  void answer_metrics(http_call& call);
+  /// Calls `then` with the controller's word on the cluster, or with null where it has none.
+  void ask_controller(std::function<void(const proto::ClusterStatus*)> then);
   void answer(http_call& call, const char* route, int status, std::string body,
               const char* content_type = "application/json");
   void refuse(http_call& call, const char* route, const http::error_reply& reply);

@@ -210,7 +210,8 @@ int run_keeper(const keeper_options& options) {
   auto stop = stop_signals();
   memory::kept_blocks blocks([device](std::size_t bytes) { return allocate(device, bytes); });
   spdlog::info("keeps the memory of cuda:{}", device);
-  auto ended = memory::serve_kept_blocks(options.address, std::move(blocks), stop.get());
+  auto ended = memory::serve_kept_blocks(options.address, std::move(blocks), stop.get(),
+                                         kernels::cuda::pci_bus_id(device));
   if (!ended) {
     spdlog::critical("{}", ended.error().text());
     return EXIT_FAILURE;

@@ -10,7 +10,9 @@
 #include <chrono>
 #include <csignal>
 #include <random>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -69,7 +71,14 @@ void node_supervisor::dial_controller() {
 }
 
 void node_supervisor::send_heartbeat() {
-  send(controller_, node_heartbeat{policy_.heartbeat()});
+  auto heartbeat = policy_.heartbeat();
+  if (auto report = gpu_monitor_ ? gpu_monitor_->take() : std::nullopt) {
+    for (auto& view : *report->mutable_keepers())
+      if (auto k = keepers_.find(view.device()); k != keepers_.end())
+        view.set_pid(static_cast<std::uint32_t>(k->second.pid));
+    *heartbeat.mutable_devices() = std::move(*report);
+  }
+  send(controller_, node_heartbeat{std::move(heartbeat)});
 }
 
 void node_supervisor::carry_out(policy::effects todo) {
@@ -98,7 +107,7 @@ void node_supervisor::carry_out(policy::assign& what) {
       std::next(keepers_.begin(), static_cast<std::ptrdiff_t>(num_standbys_++ % keepers_.size()))
         ->first);
   if (auto keeper = keepers_.find(what.assignment.device()); keeper != keepers_.end())
-    what.assignment.set_keeper(keeper->second);
+    what.assignment.set_keeper(keeper->second.address);
   for (const auto& actor : what.assignment.actors()) {
     auto found = kv_.find(actor.id());
     if (found == kv_.end())
@@ -216,15 +225,29 @@ void node_supervisor::start_keepers(const proto::ClusterPlan& plan) {
                       "--address", address,  "--log-level", options_.log_level};
     spec.log_path = log_path_of(spec.name);
     // Without one, the worker says what it misses.
-    keepers_.emplace(device, address);
-    if (auto pid = children_->spawn(std::move(spec)); !pid)
+    auto& started = keepers_.emplace(device, keeper{spec.name, address}).first->second;
+    if (auto pid = children_->spawn(std::move(spec)))
+      started.pid = *pid;
+    else
       spdlog::error("{}", pid.error().text());
   }
+}
+
+void node_supervisor::watch_gpus() {
+  if (gpu_monitor_ || keepers_.empty())
+    return;
+  std::vector<telemetry::watched_gpu> gpus;
+  for (const auto& [device, k] : keepers_)
+    gpus.push_back({device, k.name, k.address});
+  gpu_monitor_ = std::make_unique<telemetry::gpu_monitor>(options_.name, std::move(gpus));
 }
 
 void node_supervisor::keeper_exited(const child_exit& exit) {
   if (!exit.signalled && exit.status == exit_permanent) {
     spdlog::error("{} found no GPU; its workers say why", exit.name);
+    for (auto& [device, k] : keepers_)
+      if (k.name == exit.name)
+        k.pid = 0;
     return;
   }
   spdlog::critical("{} {}: the memory of its GPU is gone, and this node ends to begin anew",
@@ -262,6 +285,7 @@ node_supervisor::behavior_type node_supervisor::make_behavior() {
       if (faults::is_cut_off(controller_name))
         return;
       start_keepers(assignment->plan());
+      watch_gpus();
       carry_out(policy_.assigned(assignment.body));
     },
     [this](const cluster_view& view) {
@@ -323,6 +347,7 @@ node_supervisor::behavior_type node_supervisor::make_behavior() {
       if (children_)
         children_->stop_all(stop_grace);
       children_.reset();
+      gpu_monitor_.reset();
       quit();
     },
   };

@@ -7,6 +7,7 @@
 #include "troupe/memory/segment.hpp"
 #include "troupe/messages/serving_protocol.hpp"
 #include "troupe/recovery/node_policy.hpp"
+#include "troupe/telemetry/gpu_monitor.hpp"
 
 #include <chrono>
 #include <cstdint>
@@ -56,6 +57,13 @@ private:
   using time_point = std::chrono::steady_clock::time_point;
   using policy = recovery::node_policy;
 
+  /// The process that owns the memory of a GPU.
+  struct keeper {
+    std::string name;
+    std::string address; ///< where it listens
+    pid_t pid = 0;       ///< 0: it could not be started, or found no GPU
+  };
+
   /// A process of ours, how it is watched and reached.
   struct child {
     pid_t pid = 0;
@@ -80,6 +88,7 @@ private:
   expected<child> spawn(const policy::start_process& what);
   std::string log_path_of(const std::string& process) const;
   void start_keepers(const proto::ClusterPlan& plan);
+  void watch_gpus();
   void keeper_exited(const child_exit& exit);
   std::string device_of(const std::string& worker) const;
   expected<void> create_memory(const policy::keep_memory& what);
@@ -90,10 +99,11 @@ private:
   std::uint16_t port_ = 0;
   messages::cluster_supervisor_actor controller_;
   policy policy_;
-  std::map<std::string, child> running_;       ///< by the policy's name for the process
-  std::map<std::string, memory::segment> kv_;  ///< by actor; of those on CPUs
-  std::map<std::string, std::string> keepers_; ///< where those of the GPUs listen, by device
-  std::size_t num_standbys_ = 0;               ///< that were told to prepare, so far
+  std::map<std::string, child> running_;                ///< by the policy's name for the process
+  std::map<std::string, memory::segment> kv_;           ///< by actor; of those on CPUs
+  std::map<std::string, keeper> keepers_;               ///< by device
+  std::unique_ptr<telemetry::gpu_monitor> gpu_monitor_; ///< where there are GPUs
+  std::size_t num_standbys_ = 0;                        ///< that were told to prepare, so far
   time_point last_heartbeat_{};
   std::unique_ptr<child_processes> children_;
 };

@@ -1,6 +1,7 @@
 #include "troupe/kernels/cuda/backend.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cassert>
 #include <cstdlib>
 #include <cstring>
@@ -34,6 +35,15 @@ std::int32_t num_devices() {
     return 0;
   }
   return count;
+}
+
+std::string pci_bus_id(std::int32_t device) {
+  std::array<char, 32> text{};
+  if (cudaDeviceGetPCIBusId(text.data(), static_cast<int>(text.size()), device) != cudaSuccess) {
+    cudaGetLastError();
+    return {};
+  }
+  return text.data();
 }
 
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,

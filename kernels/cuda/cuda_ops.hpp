@@ -17,6 +17,9 @@ namespace troupe::kernels::cuda {
 /// Number of GPUs that this process can use; 0 where there is no driver.
 std::int32_t num_devices();
 
+/// Where a GPU is plugged in ("0000:1b:00.0"), by which other programs know it; empty: not known.
+std::string pci_bus_id(std::int32_t device);
+
 struct device_memory {
   std::size_t free_bytes = 0;
   std::size_t total_bytes = 0;

@@ -26,9 +26,6 @@ using steady = std::chrono::steady_clock;
 /// Names, a handle and an error's words fit many times over.
 constexpr std::size_t max_datagram = 64 * 1024;
 
-/// What a worker gives the keeper to answer: allocating tens of gigabytes takes a while.
-constexpr timeval answer_time{30, 0};
-
 /// What the keeper gives a worker to take an answer.
 constexpr timeval taking_time{1, 0};
 
@@ -93,8 +90,14 @@ void put_error(const error& from, proto::KeeperAnswer& to) {
 }
 
 proto::KeeperAnswer answer(kept_blocks& blocks, kept_blocks::user who,
-                           const proto::KeeperRequest& asked) {
+                           const proto::KeeperRequest& asked, const std::string& pci_bus_id) {
   proto::KeeperAnswer result;
+  if (asked.report()) {
+    result.set_kept_bytes(blocks.bytes());
+    result.set_num_blocks(static_cast<std::uint32_t>(blocks.num_blocks()));
+    result.set_pci_bus_id(pci_bus_id);
+    return result;
+  }
   if (asked.seal()) {
     if (auto sealed = blocks.seal(who, asked.block()); !sealed)
       put_error(sealed.error(), result);
@@ -113,27 +116,34 @@ proto::KeeperAnswer answer(kept_blocks& blocks, kept_blocks::user who,
 }
 
 /// Answers one request. False: the connection is over.
-bool serve_one(int socket, kept_blocks& blocks, kept_blocks::user who, std::vector<char>& buffer) {
+bool serve_one(int socket, kept_blocks& blocks, kept_blocks::user who, std::vector<char>& buffer,
+               const std::string& pci_bus_id) {
   const auto count = receive(socket, buffer);
   proto::KeeperRequest asked;
   if (count <= 0 || !asked.ParseFromArray(buffer.data(), static_cast<int>(count)))
     return false;
-  return send_whole(socket, answer(blocks, who, asked));
+  return send_whole(socket, answer(blocks, who, asked, pci_bus_id));
 }
 
-expected<proto::KeeperAnswer> ask(int socket, const proto::KeeperRequest& request) {
+timeval to_timeval(std::chrono::milliseconds time) {
+  return {time.count() / 1000, time.count() % 1000 * 1000};
+}
+
+expected<proto::KeeperAnswer> ask(int socket, std::chrono::milliseconds answer_time,
+                                  const proto::KeeperRequest& request) {
+  const std::string subject = request.report() ? "itself" : request.block();
   std::vector<char> buffer;
   proto::KeeperAnswer answer;
   if (!send_whole(socket, request))
     return fail(error_code::peer_lost, fmt::format("the keeper is gone: {}", errno_text()));
   const auto count = receive(socket, buffer);
   if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
-    return fail(error_code::deadline_exceeded,
-                fmt::format("the keeper did not answer about {} in {} s", request.block(),
-                            answer_time.tv_sec));
+    return fail(
+      error_code::deadline_exceeded,
+      fmt::format("the keeper did not answer about {} in {} ms", subject, answer_time.count()));
   if (count <= 0 || !answer.ParseFromArray(buffer.data(), static_cast<int>(count)))
     return fail(error_code::peer_lost,
-                fmt::format("the keeper went away when asked about {}", request.block()));
+                fmt::format("the keeper went away when asked about {}", subject));
   if (answer.has_error())
     return tl::unexpected(error{static_cast<error_code>(answer.error().code()),
                                 answer.error().cause(), answer.error().cure(),
@@ -147,7 +157,8 @@ std::string keeper_address(std::uint32_t node_pid, std::uint32_t index) {
   return fmt::format("troupe-keeper/{}/cuda:{}", node_pid, index);
 }
 
-expected<void> serve_kept_blocks(const std::string& address, kept_blocks blocks, int stop_fd) {
+expected<void> serve_kept_blocks(const std::string& address, kept_blocks blocks, int stop_fd,
+                                 const std::string& pci_bus_id) {
   auto where = make_address(address);
   if (!where)
     return tl::unexpected(where.error());
@@ -174,7 +185,8 @@ expected<void> serve_kept_blocks(const std::string& address, kept_blocks blocks,
     if (waiting[0].revents != 0)
       return {};
     for (std::size_t i = 0; i < order.size(); ++i) {
-      if (waiting[i + 2].revents == 0 || serve_one(waiting[i + 2].fd, blocks, order[i], buffer))
+      if (waiting[i + 2].revents == 0
+          || serve_one(waiting[i + 2].fd, blocks, order[i], buffer, pci_bus_id))
         continue;
       users.erase(order[i]);
       blocks.close(order[i]);
@@ -190,7 +202,8 @@ expected<void> serve_kept_blocks(const std::string& address, kept_blocks blocks,
 }
 
 expected<keeper_client> keeper_client::connect(const std::string& address,
-                                               std::chrono::milliseconds patience) {
+                                               std::chrono::milliseconds patience,
+                                               std::chrono::milliseconds answer_time) {
   auto where = make_address(address);
   if (!where)
     return tl::unexpected(where.error());
@@ -200,11 +213,12 @@ expected<keeper_client> keeper_client::connect(const std::string& address,
     if (!socket)
       return fail(error_code::resource_exhausted,
                   fmt::format("cannot make a socket: {}", errno_text()));
-    if (::connect(socket.get(), where->get(), where->size) == 0) {
-      ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVTIMEO, &answer_time, sizeof(answer_time));
-      ::setsockopt(socket.get(), SOL_SOCKET, SO_SNDTIMEO, &answer_time, sizeof(answer_time));
-      return keeper_client(std::move(socket));
-    }
+    // Before it connects: that waits too, where many wait already.
+    const auto limit = to_timeval(answer_time);
+    ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+    ::setsockopt(socket.get(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+    if (::connect(socket.get(), where->get(), where->size) == 0)
+      return keeper_client(std::move(socket), answer_time);
     if (steady::now() >= end)
       return fail(error_code::unavailable,
                   fmt::format("no keeper answers at {} within {} ms: {}", address, patience.count(),
@@ -220,7 +234,7 @@ expected<kept_blocks::grant> keeper_client::open(const std::string& block,
   request.set_block(block);
   request.set_content(content);
   request.set_bytes(bytes);
-  auto answer = ask(socket_.get(), request);
+  auto answer = ask(socket_.get(), answer_time_, request);
   if (!answer)
     return tl::unexpected(answer.error());
   return kept_blocks::grant{answer->handle(), answer->is_sealed()};
@@ -230,10 +244,19 @@ expected<void> keeper_client::seal(const std::string& block) {
   proto::KeeperRequest request;
   request.set_block(block);
   request.set_seal(true);
-  auto answer = ask(socket_.get(), request);
+  auto answer = ask(socket_.get(), answer_time_, request);
   if (!answer)
     return tl::unexpected(answer.error());
   return {};
+}
+
+expected<keeper_report> keeper_client::report() {
+  proto::KeeperRequest request;
+  request.set_report(true);
+  auto answer = ask(socket_.get(), answer_time_, request);
+  if (!answer)
+    return tl::unexpected(answer.error());
+  return keeper_report{answer->kept_bytes(), answer->num_blocks(), answer->pci_bus_id()};
 }
 
 } // namespace troupe::memory

@@ -35,6 +35,9 @@ constexpr auto deaf_heartbeats = 3;
 /// its way at the moment is not missed.
 constexpr unsigned patience_heartbeats = 3;
 
+/// Readings of GPUs that are older than this are shown to nobody.
+constexpr auto readings_lifetime = 5000ms;
+
 double milliseconds_between(membership::time_point from, membership::time_point to) {
   return std::chrono::duration<double, std::milli>(to - from).count();
 }
@@ -210,6 +213,8 @@ membership::effects membership::node_hello(const proto::NodeHello& hello, time_p
   w.num_changes = hello.num_changes();
   w.num_behind = 0;
   w.grace = std::chrono::milliseconds(plan_.node_grace_ms());
+  if (restarted)
+    w.devices.reset(); // its keepers are gone
   w.detector.reset();
   w.detector.heartbeat(now);
   if (was_given_up)
@@ -285,6 +290,11 @@ membership::effects membership::node_heartbeat(const proto::NodeHeartbeat& heart
     return result;
   }
   w.detector.heartbeat(now);
+  if (heartbeat.has_devices()) {
+    w.devices = heartbeat.devices();
+    w.devices->set_node(heartbeat.name());
+    w.devices_heard = now;
+  }
   bool is_behind = heartbeat.num_changes() != w.num_changes
                    || heartbeat.view_version() < view_.version()
                    || heartbeat.assignment_version() != w.assignment_version;
@@ -622,6 +632,8 @@ membership::effects membership::tick(time_point now, std::chrono::steady_clock::
   for (auto& node : *view_.mutable_nodes()) {
     auto& w = watch(node.name());
     w.detector.observer_paused(uncounted);
+    if (w.devices && now - w.devices_heard > readings_lifetime)
+      w.devices.reset();
     if (w.lost_since != time_point{})
       w.lost_since += paused;
     auto silence = std::chrono::duration<double, std::milli>(w.detector.silence(now)).count();
@@ -682,6 +694,10 @@ proto::ClusterStatus membership::status() const {
   for (const auto& node : view_.nodes())
     if (node.state() == proto::LOST || node.state() == proto::FAILED)
       result.add_warnings(fmt::format("{} is lost", node.name()));
+  for (const auto& node : view_.nodes())
+    if (auto w = watches_.find(node.name());
+        w != watches_.end() && w->second.devices && node.state() == proto::RUNNING)
+      *result.add_devices() = *w->second.devices;
   result.set_ready(all_run && !frontend_.endpoint().empty());
   if (error_.code() != 0)
     *result.mutable_error() = error_;

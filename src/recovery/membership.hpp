@@ -62,7 +62,7 @@ public:
   /// already runs are taken as they are; workers that it lost with its old process are lost.
   effects node_hello(const proto::NodeHello& hello, time_point now);
 
-  /// A sign of life. `answer` is what to reply.
+  /// A sign of life, perhaps with news of its GPUs. `answer` is what to reply.
   effects node_heartbeat(const proto::NodeHeartbeat& heartbeat, time_point now,
                          proto::NodeHeartbeat& answer);
 
@@ -114,6 +114,8 @@ private:
     unsigned num_behind = 0;       ///< heartbeats in a row that tell of changes not heard
     std::optional<time_point> returned;
     std::uint64_t assignment_version = 0;
+    std::optional<proto::DeviceReport> devices; ///< no part of the view: it changes every second
+    time_point devices_heard{};
   };
   /// What is known of a fault when it is first heard of.
   struct fault {

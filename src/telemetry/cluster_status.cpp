@@ -61,6 +61,57 @@ ordered_json to_json(const proto::WorkerView& worker) {
   return result;
 }
 
+ordered_json to_json(const proto::KeeperView& keeper) {
+  ordered_json result{{"name", keeper.name()}, {"device", keeper.device()}};
+  if (keeper.pid() != 0)
+    result["pid"] = keeper.pid();
+  if (keeper.has_kept_bytes())
+    result["kept_bytes"] = keeper.kept_bytes();
+  if (keeper.has_num_blocks())
+    result["blocks"] = keeper.num_blocks();
+  return result;
+}
+
+ordered_json to_json(const proto::GpuReading& gpu) {
+  ordered_json result{{"device", gpu.device()}, {"name", gpu.name()}, {"uuid", gpu.uuid()}};
+  auto put = [&](const char* name, bool is_there, auto value) {
+    if (is_there)
+      result[name] = value;
+  };
+  put("utilization", gpu.has_utilization(), gpu.utilization());
+  put("memory_utilization", gpu.has_memory_utilization(), gpu.memory_utilization());
+  put("memory_used_bytes", gpu.has_memory_used_bytes(), gpu.memory_used_bytes());
+  put("memory_total_bytes", gpu.has_memory_total_bytes(), gpu.memory_total_bytes());
+  put("temperature_celsius", gpu.has_temperature_celsius(), gpu.temperature_celsius());
+  put("sm_clock_hz", gpu.has_sm_clock_hz(), gpu.sm_clock_hz());
+  put("memory_clock_hz", gpu.has_memory_clock_hz(), gpu.memory_clock_hz());
+  put("power_watts", gpu.has_power_watts(), gpu.power_watts());
+  put("ecc_corrected", gpu.has_ecc_corrected(), gpu.ecc_corrected());
+  put("ecc_uncorrected", gpu.has_ecc_uncorrected(), gpu.ecc_uncorrected());
+  put("nvlink_active_links", gpu.has_nvlink_active_links(), gpu.nvlink_active_links());
+  put("nvlink_sent_bytes", gpu.has_nvlink_sent_bytes(), gpu.nvlink_sent_bytes());
+  put("nvlink_received_bytes", gpu.has_nvlink_received_bytes(), gpu.nvlink_received_bytes());
+  put("nvlink_replay_errors", gpu.has_nvlink_replay_errors(), gpu.nvlink_replay_errors());
+  put("nvlink_recovery_errors", gpu.has_nvlink_recovery_errors(), gpu.nvlink_recovery_errors());
+  put("nvlink_crc_flit_errors", gpu.has_nvlink_crc_flit_errors(), gpu.nvlink_crc_flit_errors());
+  put("nvlink_crc_data_errors", gpu.has_nvlink_crc_data_errors(), gpu.nvlink_crc_data_errors());
+  return result;
+}
+
+/// Of a node with GPUs; one without has neither list.
+void put_devices(const proto::ClusterStatus& status, const std::string& node, ordered_json& to) {
+  for (const auto& report : status.devices()) {
+    if (report.node() != node)
+      continue;
+    to["keepers"] = ordered_json::array();
+    to["gpus"] = ordered_json::array();
+    for (const auto& keeper : report.keepers())
+      to["keepers"].push_back(to_json(keeper));
+    for (const auto& gpu : report.gpus())
+      to["gpus"].push_back(to_json(gpu));
+  }
+}
+
 ordered_json to_json(const proto::RecoveryRecord& r) {
   return {{"id", r.id()},
           {"level", r.level()},
@@ -118,6 +169,7 @@ std::string status_json(const proto::ClusterStatus& status, bool ready) {
         {{"name", standby.name()},
          {"pid", standby.pid()},
          {"state", standby.state() == proto::RUNNING ? "ready" : "starting"}});
+    put_devices(status, node.name(), n);
     result["nodes"].push_back(std::move(n));
   }
   result["recoveries"] = ordered_json::array();

@@ -1,6 +1,9 @@
 #include "troupe/telemetry/metrics.hpp"
 
+#include "troupe/telemetry/gpu_metrics.hpp"
+
 #include <fstream>
+#include <iterator>
 
 #include <prometheus/counter.h>
 #include <prometheus/gauge.h>
@@ -32,6 +35,7 @@ double resident_bytes() {
 } // namespace
 
 struct metrics::state {
+  std::vector<proto::DeviceReport> devices;
   prometheus::Registry registry;
   prometheus::Family<prometheus::Counter>& responses = BuildCounter()
                                                          .Name("troupe_http_responses_total")
@@ -165,9 +169,16 @@ void metrics::count_resumed(std::uint64_t calls) {
   state_->resumed_requests.Increment(static_cast<double>(calls));
 }
 
+void metrics::set_devices(std::vector<proto::DeviceReport> reports) {
+  state_->devices = std::move(reports);
+}
+
 std::string metrics::text() const {
   state_->resident.Set(resident_bytes());
-  return prometheus::TextSerializer().Serialize(state_->registry.Collect());
+  auto families = state_->registry.Collect();
+  auto gpus = gpu_metrics(state_->devices);
+  std::move(gpus.begin(), gpus.end(), std::back_inserter(families));
+  return prometheus::TextSerializer().Serialize(families);
 }
 
 } // namespace troupe::telemetry

@@ -1,10 +1,13 @@
 #pragma once
 
+#include "cluster.pb.h"
+
 #include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace troupe::telemetry {
 
@@ -20,7 +23,8 @@ struct replica_gauges {
   bool serving = false;
 };
 
-/// The frontend's metrics, for Prometheus. All names are in metrics.cpp. Belongs to one thread.
+/// The frontend's metrics, for Prometheus. All names are in metrics.cpp, those of GPUs in
+/// gpu_metrics.cpp. Belongs to one thread.
 class metrics {
 public:
   metrics();
@@ -45,6 +49,9 @@ public:
 
   /// Calls that were taken up from an earlier frontend.
   void count_resumed(std::uint64_t calls);
+
+  /// How the GPUs of all nodes are; one that is not named any more has no metrics any more.
+  void set_devices(std::vector<proto::DeviceReport> reports);
 
   /// Prometheus' text format, version 0.0.4.
   std::string text() const;

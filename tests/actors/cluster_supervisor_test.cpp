@@ -173,3 +173,25 @@ TEST_CASE_METHOD(fixture,
   tell(node, node_heartbeat{beat});
   CHECK(at_node->answers.back().say_hello());
 }
+
+TEST_CASE_METHOD(fixture, "what a node's heartbeat tells of its GPUs is in the status") {
+  node_says_hello();
+  proto::NodeHeartbeat beat;
+  beat.set_name("node-0");
+  beat.set_incarnation(1);
+  auto* gpu = beat.mutable_devices()->add_gpus();
+  gpu->set_device("cuda:0");
+  gpu->set_utilization(0.5);
+  auto* keeper = beat.mutable_devices()->add_keepers();
+  keeper->set_pid(42);
+  keeper->set_kept_bytes(1000);
+  tell(node, node_heartbeat{beat});
+  CHECK_FALSE(at_node->answers.back().has_devices());
+  const auto now = status();
+  REQUIRE(now.devices_size() == 1);
+  CHECK(now.devices(0).node() == "node-0");
+  CHECK(now.devices(0).gpus(0).utilization() == 0.5);
+  CHECK_FALSE(now.devices(0).gpus(0).has_power_watts());
+  CHECK(now.devices(0).keepers(0).pid() == 42);
+  CHECK(now.devices(0).keepers(0).kept_bytes() == 1000);
+}

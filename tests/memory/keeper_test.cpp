@@ -67,7 +67,8 @@ public:
   explicit running_keeper(std::size_t size) : device_(size) {
     REQUIRE(::pipe(stop_) == 0);
     thread_ = std::thread([this] {
-      auto ended = memory::serve_kept_blocks(address(), kept_blocks(device_.allocator()), stop_[0]);
+      auto ended = memory::serve_kept_blocks(address(), kept_blocks(device_.allocator()), stop_[0],
+                                             "0000:1b:00.0");
       ended_well_ = ended.has_value();
     });
   }
@@ -227,6 +228,57 @@ TEST_CASE("a keeper answers over its socket, and knows when a process has ended"
   CHECK(more);
   ::close(told[0]);
   ::close(told[1]);
+}
+
+TEST_CASE("a keeper reports what it keeps, in use or not, and a report holds nothing") {
+  running_keeper keeper(100);
+  auto reader = keeper_client::connect(keeper.address(), 5s);
+  REQUIRE(reader);
+  const auto at_first = reader->report();
+  REQUIRE(at_first);
+  CHECK(at_first->kept_bytes == 0);
+  CHECK(at_first->pci_bus_id == "0000:1b:00.0");
+  {
+    auto user = keeper_client::connect(keeper.address(), 5s);
+    REQUIRE(user);
+    REQUIRE(user->open("a", "x", 60));
+    REQUIRE(user->open("b", "x", 30));
+  }
+  const auto kept = reader->report();
+  REQUIRE(kept);
+  CHECK(kept->kept_bytes == 90);
+  CHECK(kept->num_blocks == 2);
+  auto other = keeper_client::connect(keeper.address(), 5s);
+  REQUIRE(other);
+  const auto end = std::chrono::steady_clock::now() + 5s;
+  auto granted = other->open("c", "x", 100); // as soon as the user's end is known
+  while (!granted && std::chrono::steady_clock::now() < end)
+    granted = other->open("c", "x", 100);
+  CHECK(granted);
+  CHECK(reader->report()->num_blocks == 1);
+}
+
+TEST_CASE("who asks a keeper that does not answer is told so in the time that it gives") {
+  const auto address = memory::keeper_address(static_cast<std::uint32_t>(::getpid()), 8);
+  sockaddr_un at{};
+  at.sun_family = AF_UNIX;
+  std::copy(address.begin(), address.end(), at.sun_path + 1);
+  const unique_fd door(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  REQUIRE(::bind(door.get(), reinterpret_cast<const sockaddr*>(&at),
+                 static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + address.size()))
+          == 0);
+  REQUIRE(::listen(door.get(), 1) == 0);
+  auto client = keeper_client::connect(address, 1s, 20ms);
+  REQUIRE(client);
+  const auto silent = client->report();
+  REQUIRE_FALSE(silent);
+  CHECK(silent.error().code == error_code::deadline_exceeded);
+  // Also where so many wait that no more are let in.
+  std::vector<expected<keeper_client>> waiting;
+  for (int i = 0; i < 4; ++i)
+    waiting.push_back(keeper_client::connect(address, 0ms, 20ms));
+  REQUIRE_FALSE(waiting.back());
+  CHECK(waiting.back().error().code == error_code::unavailable);
 }
 
 TEST_CASE("who asks a keeper that is not there, or goes away, is told so") {

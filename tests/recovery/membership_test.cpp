@@ -610,6 +610,58 @@ TEST_CASE("what a heartbeat shows to be missed is asked for, but not at the firs
   CHECK(answer.say_hello());
 }
 
+TEST_CASE("readings of GPUs are in the status as long as they are fresh, and in no view") {
+  membership members(two_nodes(0), 1, 7);
+  proto::NodeHeartbeat answer;
+  const auto beat = [&](const std::string& node, std::uint64_t incarnation, bool with_readings,
+                        membership::time_point now) {
+    proto::NodeHeartbeat heartbeat;
+    heartbeat.set_name(node);
+    heartbeat.set_incarnation(incarnation);
+    if (with_readings)
+      heartbeat.mutable_devices()->add_gpus()->set_device("cuda:0");
+    return members.node_heartbeat(heartbeat, now, answer);
+  };
+  const auto nodes_with_readings = [&] {
+    std::string names;
+    const auto status = members.status();
+    for (const auto& report : status.devices())
+      names += report.node() + " ";
+    return names;
+  };
+  members.node_hello(hello(5, "node-0"), start);
+  members.node_hello(hello(5, "node-1"), start);
+  CHECK(nodes_with_readings().empty());
+  const auto version = members.view().version();
+  CHECK_FALSE(beat("node-0", 5, true, start).view_changed);
+  beat("node-1", 5, true, start + 1s);
+  beat("node-1", 4, true, start + 1s); // of a process before: not taken for this one's
+  CHECK(members.view().version() == version);
+  CHECK(nodes_with_readings() == "node-0 node-1 ");
+  REQUIRE(members.status().devices(0).gpus_size() == 1);
+  CHECK(members.status().devices(0).gpus(0).device() == "cuda:0");
+  CHECK(members.state().SerializeAsString().find("cuda:0") == std::string::npos);
+
+  auto now = start;
+  const auto pass = [&](std::chrono::milliseconds time, bool with_readings) {
+    for (const auto end = now + time; now < end; now += 100ms) {
+      beat("node-0", 5, with_readings, now);
+      beat("node-1", 5, false, now);
+      members.tick(now);
+    }
+  };
+  pass(5500ms, true);
+  CHECK(nodes_with_readings() == "node-0 node-1 ");
+  pass(1000ms, true);
+  CHECK(nodes_with_readings() == "node-0 "); // those of the other are too old
+  members.node_disconnected("node-0", now);
+  CHECK(nodes_with_readings().empty());
+  members.node_hello(hello(5, "node-0"), now);
+  CHECK(nodes_with_readings() == "node-0 ");
+  members.node_hello(hello(6, "node-0"), now); // another process, with other keepers
+  CHECK(nodes_with_readings().empty());
+}
+
 TEST_CASE("the actors of a worker that died too often move, as far as there is room") {
   auto m = two_nodes_running(1);
   auto failed = change("node-0/worker-0", 6, proto::FAILED);

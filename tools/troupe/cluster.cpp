@@ -11,6 +11,7 @@
 #include "troupe/model/model_config.hpp"
 #include "troupe/placement/place.hpp"
 #include "troupe/recovery/relocation.hpp"
+#include "troupe/telemetry/status_text.hpp"
 
 #include <chrono>
 #include <csignal>
@@ -103,66 +104,6 @@ int up_detached(up_arguments& arguments) {
   std::_Exit(ended ? EXIT_SUCCESS : EXIT_FAILURE);
 }
 
-std::string state_mark(const std::string& state) {
-  if (!has_colours())
-    return state;
-  bool good = state == "running" || state == "up" || state == "ready" || state == "spare";
-  return fmt::format("\033[{}m{}\033[0m", good ? 32 : 33, state);
-}
-
-void print_status(const nlohmann::json& s) {
-  fmt::print("cluster {} {}, epoch {}, {}\n", s.value("cluster", ""),
-             s.value("ready", false) ? "is ready" : "is NOT ready", s.value("epoch", 0),
-             s.value("endpoint", ""));
-  fmt::print("├─ controller  pid {}\n", s["controller"].value("pid", 0));
-  fmt::print("├─ frontend    pid {}\n", s["frontend"].value("pid", 0));
-  const auto& nodes = s["nodes"];
-  for (std::size_t n = 0; n < nodes.size(); ++n) {
-    bool last_node = n + 1 == nodes.size();
-    const auto& node = nodes[n];
-    fmt::print("{} {} on {}  pid {}  {}\n", last_node ? "└─" : "├─", node.value("name", ""),
-               node.value("host", ""), node.value("pid", 0), state_mark(node.value("state", "")));
-    const auto& workers = node["workers"];
-    for (std::size_t w = 0; w < workers.size(); ++w) {
-      const auto& worker = workers[w];
-      std::string actors;
-      for (const auto& actor : worker["actors"]) {
-        actors += (actors.empty() ? "" : ", ") + actor.value("id", "");
-        if (actor.contains("layers"))
-          actors += fmt::format(" (layers {}-{})", actor["layers"][0].get<int>(),
-                                actor["layers"][1].get<int>() - 1);
-        if (actor.contains("experts"))
-          actors += fmt::format(" (experts {}-{})", actor["experts"][0].get<int>(),
-                                actor["experts"][1].get<int>() - 1);
-      }
-      fmt::print("{}  {} {}  pid {}  incarnation {}  {}  {}: {}\n", last_node ? " " : "│",
-                 w + 1 == workers.size() ? "└─" : "├─", worker.value("name", ""),
-                 worker.value("pid", 0), worker.value("incarnation", 0),
-                 state_mark(worker.value("state", "")), worker.value("device", ""), actors);
-      if (worker.contains("error"))
-        fmt::print("{}       {}\n", last_node ? " " : "│", worker["error"].value("cause", ""));
-    }
-    for (const auto& standby : node.value("standbys", nlohmann::json::array()))
-      fmt::print("{}     {}  pid {}  {}\n", last_node ? " " : "│", standby.value("name", ""),
-                 standby.value("pid", 0), state_mark(standby.value("state", "")));
-  }
-  for (const auto& warning : s.value("warnings", nlohmann::json::array()))
-    fmt::print("warning: {}\n", warning.get<std::string>());
-  const auto& recoveries = s["recoveries"];
-  if (recoveries.empty())
-    return;
-  fmt::print("recoveries ({} in all; the last ones):\n", recoveries.size());
-  for (std::size_t i = recoveries.size() > 5 ? recoveries.size() - 5 : 0; i < recoveries.size();
-       ++i) {
-    const auto& r = recoveries[i];
-    fmt::print("  #{} epoch {}  {}  restored after {:.0f} ms, first token after {:.0f} ms, {} "
-               "requests, {} tokens replayed\n",
-               r.value("id", 0), r.value("epoch", 0), r.value("cause", ""),
-               r.value("restore_ms", 0.0), r.value("first_token_ms", 0.0), r.value("requests", 0),
-               r.value("tokens_replayed", 0));
-  }
-}
-
 } // namespace
 
 void add_up(CLI::App& app, command& run) {
@@ -238,7 +179,7 @@ void add_status(CLI::App& app, command& run) {
       auto status = nlohmann::json::parse(answer->body, nullptr, false);
       if (!status.is_object() || !status.contains("nodes"))
         return complain(fail(error_code::internal, *endpoint + " is no troupe frontend").value());
-      print_status(status);
+      fmt::print("{}", telemetry::status_text(status, has_colours()));
       return EXIT_SUCCESS;
     };
   });
