@@ -137,7 +137,8 @@ void data_plane::route_replies(std::uint32_t replica, std::uint32_t stage,
 }
 
 bool data_plane::wait(frame_box& box, std::vector<frame_ptr>& out, time_point deadline) {
-  endpoint_->drive([&box] { return box.is_ready(); }, deadline);
+  if (!box.is_ready())
+    endpoint_->drive([&box] { return box.is_ready(); }, deadline);
   return box.take(out, deadline);
 }
 

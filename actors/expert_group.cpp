@@ -39,10 +39,9 @@ void dispatch_box::open() {
   is_open_ = true;
 }
 
-bool dispatch_box::close() {
+void dispatch_box::close() {
   std::lock_guard lock(mutex_);
-  is_open_ = frames_.is_ready();
-  return !is_open_;
+  is_open_ = false;
 }
 
 expert_group::expert_group(caf::actor_config& config, std::uint32_t index,
@@ -141,7 +140,8 @@ void expert_group::answer(const transport::frame& dispatch) {
 expert_group::behavior_type expert_group::make_behavior() {
   return {[this](const frame_ptr& dispatch) {
     serve(*dispatch);
-    listen();
+    if (ops_->failure().empty())
+      listen();
   }};
 }
 
@@ -151,21 +151,25 @@ void expert_group::serve(const transport::frame& dispatch) {
   pulse_.idle();
 }
 
+/// Leaves as soon as something is in the mailbox: a dispatch that came before the box was open is
+/// older than those that come to it.
 void expert_group::listen() {
   arrivals_->open();
   bool stays = true;
-  do {
-    auto until = std::chrono::steady_clock::now();
-    if (mailbox().empty())
-      until += listening_time;
-    stays = plane_->wait(arrivals_->frames(), arrived_, until) && mailbox().empty();
+  while (stays) {
+    auto now = std::chrono::steady_clock::now();
+    stays = mailbox().empty() && plane_->wait(arrivals_->frames(), arrived_, now + listening_time);
+    if (!stays) {
+      arrivals_->close();
+      arrivals_->frames().take(arrived_, now);
+    }
     for (const auto& dispatch : arrived_) {
       serve(*dispatch);
       if (!ops_->failure().empty())
         return; // this actor has quit
     }
-  } while (stays || !arrivals_->close());
-  arrived_.clear();
+    arrived_.clear();
+  }
 }
 
 } // namespace troupe::actors

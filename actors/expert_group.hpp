@@ -26,8 +26,8 @@ public:
 
   void open();
 
-  /// False, and the box stays open, if there are frames to be taken first.
-  bool close();
+  /// What is in the box stays to be taken.
+  void close();
 
   frame_box& frames() { return frames_; }
 

@@ -361,8 +361,10 @@ void endpoint::engine::serve(communication& with) {
     {
       driver_lock lock{*this};
       if (is_driven_) {
-        if (execute_commands(with))
+        if (execute_commands(with)) {
+          interrupt(); // it may be what the driver waits for, or wants to be looked after
           continue;
+        }
       } else {
         if (step(with)) {
           if (spin.count() > 0)
@@ -396,12 +398,11 @@ void endpoint::engine::drive_until(driver_lock& lock, const std::function<bool()
     return;
   background_.watch(with_->worker.event_fd(), false);
   while (!done()) {
-    if (step(*with_))
-      continue;
+    const bool is_busy = step(*with_);
     const auto now = clock::now();
     if (now >= deadline || is_stopping())
       break;
-    if (!with_->worker.arm())
+    if (is_busy || !with_->worker.arm())
       continue;
     const auto limit = std::min(longest_sleep_of(*with_),
                                 std::chrono::ceil<std::chrono::milliseconds>(
@@ -417,7 +418,7 @@ void endpoint::engine::drive_until(driver_lock& lock, const std::function<bool()
   // The progress thread sleeps: what comes from now on wakes it, and so does what came before.
   const bool is_quiet = with_->worker.arm();
   background_.watch(with_->worker.event_fd(), true);
-  if (!is_quiet)
+  if (!is_quiet || longest_sleep_of(*with_) != longest_sleep)
     ::eventfd_write(background_.wake.get(), 1);
 }
 
@@ -499,6 +500,7 @@ void endpoint::engine::execute(communication& with, command& next) {
     }
     with.in.deliver(std::move(*local->outcome));
     local->done({});
+    interrupt();
   } else if (auto* identify = std::get_if<identify_command>(&next)) {
     with.peers.identify(identify->own);
   } else if (auto* connect = std::get_if<connect_command>(&next)) {
@@ -544,7 +546,8 @@ void endpoint::engine::post(command next) {
     if (lock && with_ != nullptr && injected_.is_idle()) {
       while (execute_commands(*with_)) {
       }
-      if (injected_.is_idle()) [[likely]]
+      // Other threads may have posted more than sends meanwhile.
+      if (injected_.is_idle() && !with_->peers.awaits_hellos()) [[likely]]
         return;
     }
   }
@@ -558,7 +561,8 @@ void endpoint::engine::stop(std::chrono::milliseconds drain) {
     if (!drain_until_)
       drain_until_ = clock::now() + drain;
   }
-  if (std::this_thread::get_id() == progress_thread_) {
+  if (std::this_thread::get_id() == progress_thread_
+      || driver_.load(std::memory_order_relaxed) == std::this_thread::get_id()) {
     spdlog::error("transport: stop() called from a callback of its own; not waiting for the end");
     return;
   }

@@ -98,7 +98,8 @@ public:
   /// called exactly once, on a thread as callbacks are, which may be this one. Errors:
   /// peer_lost (gone, given up or never connected), stale_epoch (the receiver has
   /// fenced this process off), too_large (payload or header), unavailable (stopping),
-  /// resource_exhausted, invalid_request.
+  /// resource_exhausted, invalid_request. What the receiver refuses of a small frame, which
+  /// goes without a rendezvous, only the receiver hears of (on_dropped).
   /// There is no bound on what is queued: a caller bounds it by waiting for completions.
   void send(std::string_view peer, proto::FrameHeader header, payload_view payload,
             completion done);
@@ -107,8 +108,8 @@ public:
   /// has passed (by a millisecond at most). Returns what `done` says last. For a thread that has
   /// nothing to do until a frame arrives: it hears it itself and need not be woken by another.
   /// `done` is asked often, must be cheap and must not call the endpoint; who makes it true other
-  /// than by a callback calls interrupt(). Returns at once where another thread is in here already,
-  /// and after stop().
+  /// than by on_frame or on_peer_lost calls interrupt(). Returns at once where another thread is in
+  /// here already, and after stop(). Nobody may be in here when the endpoint is destroyed.
   bool drive(const std::function<bool()>& done, std::chrono::steady_clock::time_point deadline);
 
   /// Makes whoever is in drive() ask its `done` again.

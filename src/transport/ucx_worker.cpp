@@ -21,8 +21,9 @@ namespace {
 /// Up to this size TCP carries a payload in the message itself. A rendezvous needs two more
 /// messages, and each of them wakes a thread: that costs more than to copy so much once more.
 constexpr std::size_t tcp_eager_limit = std::size_t{256} << 10;
-/// What UCX hands to a socket at once; its 8 KiB would cut such a message into many.
-constexpr const char* tcp_segment = "512k";
+/// What UCX hands to a socket at once; its 8 KiB would cut such a message into many. With room for
+/// headers it is above the limit: UCX 1.13 aborts where a message without a copy (zcopy) fails.
+constexpr const char* tcp_segment = "288k";
 
 /// Bounds one call of progress(), so that a flood of arrivals cannot starve commands.
 constexpr int max_progress_steps = 64;

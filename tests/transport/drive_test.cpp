@@ -181,6 +181,37 @@ TEST_CASE("commands are carried out while somebody drives") {
   driver.join();
 }
 
+TEST_CASE("a driver is woken by a frame of another thread of its own process") {
+  listener own{"own"};
+  const tensor t(100, 1);
+  std::uint64_t step = 0;
+  const auto median = median_of(9, [&](int) {
+    std::thread sender([&, step] {
+      std::this_thread::sleep_for(5ms); // the driver sleeps by then
+      send(own, "own", step, t);
+    });
+    ++step;
+    CHECK(own.drive_for(step));
+    sender.join();
+  });
+  CHECK(median < 50ms);
+}
+
+TEST_CASE("a driver keeps its deadline while frames pour in") {
+  pair both;
+  const tensor t(2000, 1);
+  std::atomic<bool> over = false;
+  std::thread sender([&] {
+    for (std::uint64_t step = 0; !over; ++step)
+      send(both.b, "a", step, t);
+  });
+  const auto begin = clock::now();
+  CHECK(!both.a.end->drive([] { return false; }, begin + 100ms));
+  CHECK(clock::now() - begin < 10s);
+  over = true;
+  sender.join();
+}
+
 TEST_CASE("stop ends a drive") {
   for (int round = 0; round < 10; ++round) {
     pair both;
