@@ -193,7 +193,7 @@ TEST_CASE("a step that is repeated computes what it is given then") {
   CHECK(model.ops().failure().empty());
 }
 
-TEST_CASE("a recorded step is recorded anew when memory has moved") {
+TEST_CASE("a recorded step is recorded anew when memory has moved", "[large]") {
   if (gpu() == nullptr) {
     return;
   }
@@ -213,7 +213,7 @@ TEST_CASE("a recorded step is recorded anew when memory has moved") {
   CHECK(model.ops().failure().empty());
 }
 
-TEST_CASE("steps of many keys keep apart, and the oldest make room") {
+TEST_CASE("steps of many keys keep apart, and the oldest make room", "[large]") {
   if (gpu() == nullptr) {
     return;
   }
