@@ -225,10 +225,6 @@ void peer_table::start(peer& carrier, std::unique_ptr<send_operation> operation)
     UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
   params.memory_type = UCS_MEMORY_TYPE_HOST;
   params.user_data = &started;
-  if (started.payload.bytes.size() <= worker_.eager_limit()) {
-    params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
-    params.flags = UCP_AM_SEND_FLAG_EAGER;
-  }
   params.cb.send = [](void* request, ucs_status_t status, void* data) noexcept {
     ucp_request_free(request);
     auto& finished = *static_cast<send_operation*>(data);

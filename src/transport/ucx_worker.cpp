@@ -18,13 +18,6 @@ namespace troupe::transport {
 
 namespace {
 
-/// Up to this size TCP carries a payload in the message itself. A rendezvous needs two more
-/// messages, and each of them wakes a thread: that costs more than to copy so much once more.
-constexpr std::size_t tcp_eager_limit = std::size_t{256} << 10;
-/// What UCX hands to a socket at once; its 8 KiB would cut such a message into many. With room for
-/// headers it is above the limit: UCX 1.13 aborts where a message without a copy (zcopy) fails.
-constexpr const char* tcp_segment = "288k";
-
 /// Bounds one call of progress(), so that a flood of arrivals cannot starve commands.
 constexpr int max_progress_steps = 64;
 
@@ -54,10 +47,6 @@ expected<void> check_devices(const std::string& interface) {
   return {};
 }
 
-bool is_tcp(const std::string& transports) {
-  return transports.find("tcp") != std::string::npos;
-}
-
 expected<void> configure(ucp_config_t* config, const std::string& transports,
                          const std::string& interface) {
   if (auto done = modify(config, "TLS", transports); !done)
@@ -74,10 +63,6 @@ expected<void> configure(ucp_config_t* config, const std::string& transports,
   if (transports.find("cma") != std::string::npos)
     if (auto done = modify(config, "MEMORY_INVALIDATE", "y"); !done)
       return done;
-  if (is_tcp(transports))
-    for (const char* key : {"TX_SEG_SIZE", "RX_SEG_SIZE"}) // UCX_TCP_...
-      if (auto done = modify(config, key, tcp_segment); !done)
-        return done;
   if (!interface.empty())
     return modify(config, "NET_DEVICES", interface);
   return {};
@@ -127,7 +112,6 @@ expected<ucx_worker> ucx_worker::open(const std::string& transports, const std::
   if (const auto status = ucp_config_read(nullptr, nullptr, &config); status != UCS_OK)
     return start_failure("reading its configuration", status);
   auto configured = configure(config, transports, interface);
-  result.eager_limit_ = is_tcp(transports) ? tcp_eager_limit : 0;
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
@@ -176,7 +160,6 @@ ucx_worker::ucx_worker(ucx_worker&& other) noexcept
     worker_(std::exchange(other.worker_, nullptr)),
     event_fd_(std::exchange(other.event_fd_, -1)),
     max_header_(other.max_header_),
-    eager_limit_(other.eager_limit_),
     address_(std::move(other.address_)) {}
 
 ucx_worker& ucx_worker::operator=(ucx_worker&& other) noexcept {
@@ -184,7 +167,6 @@ ucx_worker& ucx_worker::operator=(ucx_worker&& other) noexcept {
   std::swap(worker_, other.worker_);
   std::swap(event_fd_, other.event_fd_);
   std::swap(max_header_, other.max_header_);
-  std::swap(eager_limit_, other.eager_limit_);
   std::swap(address_, other.address_);
   return *this;
 }

@@ -37,9 +37,6 @@ public:
   int event_fd() const { return event_fd_; }
   std::size_t max_header() const { return max_header_; }
 
-  /// Payloads up to this size go with their message, whatever UCX thinks; above it UCX decides.
-  std::size_t eager_limit() const { return eager_limit_; }
-
   /// How others reach this worker: bytes with a check sum, since UCX itself trusts them.
   const std::string& address() const { return address_; }
 
@@ -62,7 +59,6 @@ private:
   ucp_worker_h worker_ = nullptr;
   int event_fd_ = -1;
   std::size_t max_header_ = 0;
-  std::size_t eager_limit_ = 0;
   std::string address_;
 };
 
