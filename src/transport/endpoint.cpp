@@ -107,9 +107,7 @@ public:
   engine(endpoint_options options, endpoint_callbacks callbacks)
     : pool(options.max_cached_bytes),
       options_(std::move(options)),
-      callbacks_(std::move(callbacks)),
-      background_(),
-      foreground_() {}
+      callbacks_(std::move(callbacks)) {}
 
   ~engine() { stop(default_drain); }
 
@@ -209,9 +207,8 @@ private:
   const endpoint_callbacks callbacks_;
   sleeping_place background_; ///< of the progress thread
   sleeping_place foreground_; ///< of who is in `drive`
-  std::string address_;       // this and the next two: set before start() returns
+  std::string address_;       // this and the next: set before start() returns
   std::size_t max_header_ = 0;
-  std::thread::id progress_thread_;
 
   std::mutex driving_;
   std::atomic<std::thread::id> driver_{}; ///< who holds driving_
@@ -327,7 +324,6 @@ void endpoint::engine::run(std::promise<expected<void>> started) {
   auto& with = **opened;
   address_ = with.worker.address();
   max_header_ = with.worker.max_header();
-  progress_thread_ = std::this_thread::get_id();
   {
     driver_lock lock{*this};
     with_ = &with;
@@ -561,8 +557,7 @@ void endpoint::engine::stop(std::chrono::milliseconds drain) {
     if (!drain_until_)
       drain_until_ = clock::now() + drain;
   }
-  if (std::this_thread::get_id() == progress_thread_
-      || driver_.load(std::memory_order_relaxed) == std::this_thread::get_id()) {
+  if (driver_.load(std::memory_order_relaxed) == std::this_thread::get_id()) {
     spdlog::error("transport: stop() called from a callback of its own; not waiting for the end");
     return;
   }
