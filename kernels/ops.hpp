@@ -303,6 +303,16 @@ public:
                                  const batch_view& batch, const grouped_kv_view& kv,
                                  const rows_view& out) = 0;
 
+  /// x = 0.
+  virtual void clear(const rows_view& x) = 0;
+
+  /// Of a device that computes together with others, each with its part of every weight (tensor
+  /// parallelism as in Megatron-LM, arXiv 1909.08053): x = the sum of the x of all of them, added
+  /// in order of ranks, so that all of them have the same bits. All call it, with as many rows. A
+  /// member that does not come within the deadline of its group is a failure of the device. Of a
+  /// device that computes alone: nothing.
+  virtual void all_reduce(const rows_view& x) = 0;
+
   /// out = silu(gate) * up, element by element; out may be gate or up.
   virtual void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) = 0;
 
@@ -367,14 +377,23 @@ public:
   virtual bool all_finite(const rows_view& x) = 0;
 };
 
+/// What the ranks of a tensor-parallel group on CPUs share.
+class cpu_rank_group;
+
 /// The CPU back end: float32 activations and accumulation, weights expanded in registers.
 /// With fast numerics, activations are rounded before products (see `numerics`).
 /// `num_threads` >= 1 includes the calling thread. Chooses AVX-512, AVX2 or
 /// portable code at run time; TROUPE_CPU=avx2|portable in the environment asks for less.
 /// `progress`, which outlives the object, is counted up in steps that never take long, whatever
 /// the size of an operation: who watches it can tell a long computation from one that hangs.
+/// With a group it computes together with the group's other members, as the one of this rank.
 std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads,
                                   std::atomic<std::uint64_t>* progress = nullptr,
-                                  numerics mode = numerics::exact);
+                                  numerics mode = numerics::exact,
+                                  std::shared_ptr<cpu_rank_group> group = nullptr,
+                                  std::int32_t rank = 0);
+
+/// Where operations of `size` ranks of this process, each on a thread of its own, meet.
+std::shared_ptr<cpu_rank_group> make_cpu_rank_group(std::int32_t size);
 
 } // namespace troupe::kernels

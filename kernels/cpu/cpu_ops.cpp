@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "troupe/kernels/cpu/fast_ops.hpp"
+#include "troupe/kernels/cpu/rank_group.hpp"
 #include "troupe/kernels/cpu/router.hpp"
 
 namespace troupe::kernels {
@@ -30,12 +31,17 @@ std::size_t row_bytes(element_type type, std::int32_t num_cols) {
 }
 
 std::unique_ptr<ops> make_cpu_ops(std::int32_t num_threads, std::atomic<std::uint64_t>* progress,
-                                  numerics mode) {
+                                  numerics mode, std::shared_ptr<cpu_rank_group> group,
+                                  std::int32_t rank) {
+  std::unique_ptr<cpu::cpu_ops> made;
   if (mode == numerics::fast) {
-    return std::make_unique<cpu::fast_ops>(cpu::choose_kernels(), cpu::choose_fast_kernels(),
+    made = std::make_unique<cpu::fast_ops>(cpu::choose_kernels(), cpu::choose_fast_kernels(),
                                            num_threads, progress);
+  } else {
+    made = std::make_unique<cpu::cpu_ops>(cpu::choose_kernels(), num_threads, progress);
   }
-  return std::make_unique<cpu::cpu_ops>(cpu::choose_kernels(), num_threads, progress);
+  made->join(std::move(group), rank);
+  return made;
 }
 
 namespace cpu {
@@ -568,6 +574,24 @@ void cpu_ops::sample(const rows_view& logits, std::span<const sampling_params> p
     logits.num_rows, 64 * std::int64_t{logits.num_cols}, [&](std::int32_t m, std::int32_t thread) {
       out[m] = memory_[thread].tokens.draw(kernels_, row_of(logits, m), logits.num_cols, params[m]);
     });
+}
+
+void cpu_ops::join(std::shared_ptr<cpu_rank_group> group, std::int32_t rank) {
+  group_ = std::move(group);
+  rank_ = rank;
+}
+
+void cpu_ops::clear(const rows_view& x) {
+  for_rows(x.num_rows, x.num_cols,
+           [&](std::int32_t m, std::int32_t) { std::fill_n(row_of(x, m), x.num_cols, 0.0F); });
+}
+
+void cpu_ops::all_reduce(const rows_view& x) {
+  if (group_ == nullptr || !failure_.empty()) {
+    return;
+  }
+  failure_ = group_->add_up(rank_, x);
+  tick();
 }
 
 bool cpu_ops::all_finite(const rows_view& x) {

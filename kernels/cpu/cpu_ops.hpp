@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,9 @@ class cpu_ops : public ops {
 public:
   cpu_ops(const kernel_table& kernels, std::int32_t num_threads,
           std::atomic<std::uint64_t>* progress = nullptr);
+
+  /// Makes it one of several that compute the same rows; before its first operation.
+  void join(std::shared_ptr<cpu_rank_group> group, std::int32_t rank);
 
   const char* description() const override { return description_.c_str(); }
   const std::string& failure() const override { return failure_; }
@@ -56,6 +60,8 @@ public:
   void grouped_attention(const rows_view& q, std::int32_t num_heads, float scale,
                          const batch_view& batch, const grouped_kv_view& kv,
                          const rows_view& out) override;
+  void clear(const rows_view& x) override;
+  void all_reduce(const rows_view& x) override;
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
   void add_bias(const rows_view& x, const float* bias) override;
@@ -122,6 +128,8 @@ private:
   std::string failure_;
   std::atomic<std::uint64_t> unwatched_{0};
   std::atomic<std::uint64_t>* progress_;
+  std::shared_ptr<cpu_rank_group> group_; ///< null: alone
+  std::int32_t rank_ = 0;
   thread_pool pool_;
   std::vector<thread_memory> memory_; // [threads]
   scratch<float> padded_input_;

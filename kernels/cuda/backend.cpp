@@ -180,6 +180,16 @@ void cuda_ops::embed(const weight_matrix& table, std::span<const std::int32_t> i
   }
 }
 
+void cuda_ops::clear(const rows_view& x) {
+  if (begin(x.num_rows)) {
+    gpu_.check(cudaMemset2DAsync(x.data, static_cast<std::size_t>(x.stride) * 2, 0,
+                                 static_cast<std::size_t>(x.num_cols) * 2, x.num_rows, stream_),
+               "clearing rows");
+  }
+}
+
+void cuda_ops::all_reduce(const rows_view&) {}
+
 void cuda_ops::rms_norm(const rows_view& x, const float* weight, float epsilon,
                         const rows_view& out) {
   if (begin(x.num_rows)) {

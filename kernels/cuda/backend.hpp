@@ -62,6 +62,8 @@ public:
   void grouped_attention(const rows_view& q, std::int32_t num_heads, float scale,
                          const batch_view& batch, const grouped_kv_view& kv,
                          const rows_view& out) override;
+  void clear(const rows_view& x) override;
+  void all_reduce(const rows_view& x) override;
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
   void add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight, float epsilon,
