@@ -157,8 +157,9 @@ void stage::report_failure(std::uint64_t step) {
   send(scheduler_, micro_batch_failed{std::move(failed)});
 }
 
-stage_compute::stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
-                             std::shared_ptr<model::stage_model> model,
+stage_compute::stage_compute(caf::actor_config& config,
+                             std::vector<std::shared_ptr<kernels::ops>> ops,
+                             std::shared_ptr<model::stage_group> model,
                              std::shared_ptr<remote_experts> experts,
                              transport::buffer_pool buffers, stage_traits traits)
   : stage_compute_actor::base(config),
@@ -172,14 +173,15 @@ stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
-    suffer_computing(*ops_, traits_.actor);
+    suffer_computing(*ops_.front(), traits_.actor);
     auto result = work_on(work);
     traits_.pulse.idle();
-    if (!ops_->failure().empty()) {
-      // Whatever came of it is worth nothing. The step is computed again by the next process.
-      spdlog::critical("{}: the device failed: {}", traits_.actor, ops_->failure());
-      return quit(caf::sec::runtime_error);
-    }
+    for (const auto& ops : ops_)
+      if (!ops->failure().empty()) {
+        // Whatever came of it is worth nothing. The step is computed again by the next process.
+        spdlog::critical("{}: the device failed: {}", traits_.actor, ops->failure());
+        return quit(caf::sec::runtime_error);
+      }
     send(asker, std::move(result));
   }};
 }
@@ -189,7 +191,7 @@ stage_result stage_compute::work_on(const stage_work& work) {
   auto result = compute(work);
   if (result)
     return std::move(*result);
-  const auto& options = model_->options();
+  const auto& options = model_->leader().options();
   auto why = std::make_shared<error>(std::move(result.error()));
   why->cause = fmt::format("{} (layers {} to {}) could not compute step {}: {}", traits_.actor,
                            options.first_layer, options.end_layer - 1, step, why->cause);
@@ -268,9 +270,9 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   model::stage_input input;
   input.tokens = tokens_;
   input.batch = {positions_, sequences_, pages_, page_offsets_};
-  auto row_bytes = kernels::size_of(ops_->activation_type())
-                   * static_cast<std::size_t>(model_->config().hidden_size);
-  if (!model_->is_first()) {
+  auto row_bytes = kernels::size_of(ops_.front()->activation_type())
+                   * static_cast<std::size_t>(model_->leader().config().hidden_size);
+  if (!model_->leader().is_first()) {
     if (work.input->payload.size() != tokens_.size() * row_bytes)
       return fail(error_code::internal,
                   fmt::format("{} sent {} bytes of hidden states for {} rows of {}",
@@ -288,7 +290,7 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   auto fault = faults::hit(faults::point::activation);
   std::function<void(const kernels::rows_view&)> inject;
   if (fault) {
-    inject = [&](const kernels::rows_view& computed) { spoil(*ops_, computed, *fault); };
+    inject = [&](const kernels::rows_view& computed) { spoil(*ops_.front(), computed, *fault); };
     input.spoil = &inject;
   }
   auto hidden = model_->forward(input);
@@ -296,7 +298,7 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
     return tl::unexpected(hidden.error());
   stage_result result;
   result.step = batch.step();
-  if (model_->is_last()) {
+  if (model_->leader().is_last()) {
     auto done = draw(batch);
     if (!done)
       return tl::unexpected(done.error());
@@ -308,13 +310,13 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   // Drafting writes to the pages as well.
   if (traits_.seals)
     seal_pages(batch);
-  if (model_->is_last())
+  if (model_->leader().is_last())
     return result;
   auto buffer = buffers_.take(tokens_.size() * row_bytes);
   if (!buffer)
     return tl::unexpected(buffer.error());
   result.output = std::make_shared<transport::buffer>(std::move(*buffer));
-  ops_->copy_to_host(*hidden, result.output->data());
+  ops_.front()->copy_to_host(*hidden, result.output->data());
   return result;
 }
 
@@ -338,7 +340,7 @@ stage_compute::draw(const proto::RunMicroBatch& batch) {
     p.target = o.target();
     p.banned = {o.banned().data(), static_cast<std::size_t>(o.banned_size())};
   }
-  if (auto drawn = model_->sample(rows_, params_, sampled_); !drawn)
+  if (auto drawn = model_->leader().sample(rows_, params_, sampled_); !drawn)
     return tl::unexpected(drawn.error());
   if (!traits_.unprotected)
     for (std::size_t i = 0; i < count; ++i)
@@ -366,7 +368,7 @@ expected<void> stage_compute::draft(const proto::RunMicroBatch& batch,
   if (batch.drafts_wanted_size() != num_slices || batch.draft_counts_size() != num_slices
       || batch.next_tokens_size() != num_slices)
     return fail(error_code::invalid_request, "a micro-batch whose draft arrays differ in length");
-  auto most = static_cast<std::uint32_t>(model_->options().max_drafts);
+  auto most = static_cast<std::uint32_t>(model_->leader().options().max_drafts);
   draft_slices_.clear();
   for (int s = 0; s < num_slices; ++s)
     draft_slices_.push_back({static_cast<std::int32_t>(batch.row_counts(s)),
@@ -394,7 +396,7 @@ expected<void> stage_compute::draft(const proto::RunMicroBatch& batch,
                            chains_,
                            experts_.get()};
   drafts_.resize(chains_.size() * most);
-  if (auto drafted = model_->draft(input, drafts_); !drafted)
+  if (auto drafted = model_->leader().draft(input, drafts_); !drafted)
     return drafted;
   done.mutable_draft_counts()->Resize(num_slices, 0);
   for (std::size_t c = 0; c < chains_.size(); ++c) {

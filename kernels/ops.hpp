@@ -203,6 +203,10 @@ public:
   virtual weight_matrix place(const weight_matrix& weight,
                               weight_use use = weight_use::product) = 0;
 
+  /// The device has all weights already, as a predecessor has placed them: `place` looks at shapes
+  /// and types, and at no data.
+  virtual bool has_weights() const { return false; }
+
   /// What the device failed of, for good: from then on results mean nothing, and the process has to
   /// be replaced. Empty while it works.
   virtual const std::string& failure() const = 0;

@@ -48,13 +48,22 @@ std::string pci_bus_id(std::int32_t device) {
 
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress,
-                                       std::shared_ptr<weight_memory> weights) {
+                                       std::shared_ptr<weight_memory> weights,
+                                       std::shared_ptr<gpu_rank_group>, std::int32_t) {
   auto result = std::make_unique<cuda_ops>(device, progress, std::move(weights));
   if (!result->failure().empty()) {
     error = result->failure();
     return nullptr;
   }
   return result;
+}
+
+class gpu_rank_group {};
+
+std::shared_ptr<gpu_rank_group> make_gpu_rank_group(std::span<const std::int32_t>, std::int32_t,
+                                                    std::int32_t, std::string& error) {
+  error = "not here";
+  return nullptr;
 }
 
 cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,

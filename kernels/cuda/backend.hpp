@@ -30,6 +30,7 @@ public:
   element_type activation_type() const override { return element_type::bf16; }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
   weight_matrix place(const weight_matrix& weight, weight_use use) override;
+  bool has_weights() const override { return weights_are_there_; }
   void copy_to_host(const rows_view& from, void* to) override;
   void copy_from_host(const void* from, const rows_view& to) override;
   void embed(const weight_matrix& table, std::span<const std::int32_t> ids,

@@ -49,11 +49,23 @@ public:
   virtual void* stream() const = 0;
 };
 
+/// What the ranks of a tensor-parallel group on GPUs share: memory that all of them reach.
+class gpu_rank_group;
+
 /// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
 /// object, is counted up with every operation and every wait that ended. Weights are placed in
-/// memory of this process, or in `weights` if that is given.
+/// memory of this process, or in `weights` if that is given. With a group it computes together with
+/// the group's other members, as the one of this rank.
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress = nullptr,
-                                       std::shared_ptr<weight_memory> weights = nullptr);
+                                       std::shared_ptr<weight_memory> weights = nullptr,
+                                       std::shared_ptr<gpu_rank_group> group = nullptr,
+                                       std::int32_t rank = 0);
+
+/// devices[r] is the GPU of rank r. max_rows x num_cols: the largest rows that are added up. Null
+/// with the cause in `error`.
+std::shared_ptr<gpu_rank_group> make_gpu_rank_group(std::span<const std::int32_t> devices,
+                                                    std::int32_t max_rows, std::int32_t num_cols,
+                                                    std::string& error);
 
 } // namespace troupe::kernels::cuda

@@ -80,6 +80,9 @@ struct draft_input {
 /// and further drafts from x in place of h and the draft in place of t, as EAGLE does (arXiv
 /// 2401.15077). It keeps its keys and values in pages like any other layer.
 ///
+/// With a rank's config (tensor_shard.hpp) it computes that rank's part, and the device adds the
+/// parts up where they are parts of a sum (kernels::ops::all_reduce): see stage_group.hpp.
+///
 /// Used by one thread at a time. Computing a micro-batch again writes the same bits.
 class stage_model {
 public:
@@ -154,9 +157,11 @@ private:
                  const float* weight, const kernels::rows_view& out);
   void compute_mlp(const kernels::expert_weights& w, const kernels::rows_view& x,
                    const kernels::rows_view& out);
-  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
+  expected<void> add_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
                              const kernels::rows_view& hidden);
-  bool mix_on_device(std::int32_t layer, const moe_weights& w, const kernels::rows_view& hidden);
+  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
+                             const kernels::rows_view& out);
+  bool mix_on_device(std::int32_t layer, const moe_weights& w, const kernels::rows_view& out);
 
   model_config config_;
   stage_options options_;
@@ -177,6 +182,7 @@ private:
   row_buffer hidden_;                        // [hidden]
   row_buffer normed_;                        // [hidden]
   row_buffer delta_;                         // [hidden]
+  row_buffer mixed_;                         // [hidden], of one rank of several
   row_buffer gate_;                          // [widest MLP]
   row_buffer up_;                            // [widest MLP]
   row_buffer expert_out_;                    // [max_rows * top_k, hidden]

@@ -1,5 +1,7 @@
 #include "troupe/model/weights.hpp"
 
+#include "troupe/model/tensor_shard.hpp"
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -154,10 +156,26 @@ weight_store::weight_store(std::shared_ptr<tensor_source> source, const model_co
                            kernels::ops& ops)
   : source_(std::move(source)), config_(config), ops_(ops) {}
 
+/// This rank's part of a weight. Where the device has it already, elements are not brought
+/// together.
+expected<stored_weight> weight_store::find_part(const std::string& name, std::int32_t num_rows,
+                                                std::int32_t num_cols) {
+  const auto [rank, num_ranks] = config_.part;
+  const auto cut = num_ranks > 1 ? cut_of(name) : weight_cut::whole;
+  const auto whole_rows = cut == weight_cut::rows ? num_rows * num_ranks : num_rows;
+  const auto whole_cols = cut == weight_cut::cols ? num_cols * num_ranks : num_cols;
+  auto stored = find_weight(*source_, config_, name, whole_rows, whole_cols, weight_loading::load);
+  if (!stored || cut == weight_cut::whole)
+    return stored;
+  if (cut == weight_cut::rows)
+    return cut_rows(std::move(*stored), rank * num_rows, num_rows);
+  return cut_cols(std::move(*stored), rank * num_cols, num_cols, !ops_.has_weights());
+}
+
 expected<kernels::weight_matrix> weight_store::matrix(const std::string& name,
                                                       std::int32_t num_rows, std::int32_t num_cols,
                                                       kernels::weight_use use) {
-  auto stored = find_weight(*source_, config_, name, num_rows, num_cols, weight_loading::load);
+  auto stored = find_part(name, num_rows, num_cols);
   if (!stored)
     return tl::unexpected(std::move(stored.error()));
   // The format promises no alignment, although the usual writers keep it.
@@ -167,23 +185,35 @@ expected<kernels::weight_matrix> weight_store::matrix(const std::string& name,
     stored->repacked.assign(stored->data, stored->data + num_bytes);
     stored->data = nullptr;
   }
-  kept_.push_back(std::move(*stored));
-  return ops_.place(kept_.back().view(), use);
+  const auto given = stored->view();
+  const auto placed = ops_.place(given, use);
+  if (placed.data == given.data) // it is used where it lies
+    kept_.push_back(std::move(*stored));
+  return placed;
 }
 
 expected<const float*> weight_store::vector(const std::string& name, std::int32_t size) {
-  auto view = find_tensor(*source_, name, {size});
+  const auto [rank, num_ranks] = config_.part;
+  const auto cut = num_ranks > 1 ? cut_of(name) : weight_cut::whole;
+  const auto whole_size = cut == weight_cut::rows ? size * num_ranks : size;
+  auto view = find_tensor(*source_, name, {whole_size});
   if (!view)
     return tl::unexpected(std::move(view.error()));
   auto values = read_finite(*source_, name, *view);
   if (!values)
     return tl::unexpected(std::move(values.error()));
+  if (cut == weight_cut::rows)
+    values->assign(values->begin() + std::ptrdiff_t{rank} * size,
+                   values->begin() + std::ptrdiff_t{rank + 1} * size);
+  // What is added to a sum over ranks is added by one of them.
+  if (cut == weight_cut::cols && rank > 0)
+    std::fill(values->begin(), values->end(), 0.0F);
   return keep(std::move(*values));
 }
 
 expected<std::vector<float>>
 weight_store::dequantised(const std::string& name, std::int32_t num_rows, std::int32_t num_cols) {
-  auto stored = find_weight(*source_, config_, name, num_rows, num_cols, weight_loading::load);
+  auto stored = find_part(name, num_rows, num_cols);
   if (!stored)
     return tl::unexpected(std::move(stored.error()));
   auto values = dequantise(stored->view());
@@ -223,6 +253,15 @@ kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_
     result.data = floats_.back().data();
   }
   return ops_.place(result, use);
+}
+
+kernels::weight_matrix weight_store::keep_shape(std::int32_t num_rows, std::int32_t num_cols,
+                                                kernels::weight_use use) {
+  kernels::weight_matrix shape;
+  shape.type = kernels::element_type::bf16;
+  shape.num_rows = num_rows;
+  shape.num_cols = num_cols;
+  return ops_.place(shape, use);
 }
 
 kernels::weight_use wide_product_use(const model_config& config) {

@@ -56,7 +56,8 @@ expected<part_size> check_weights(tensor_source& source, const model_config& con
                                   const model_part& part);
 
 /// Where tensors of one part live as long as they are used: in the mapping as stored or, where
-/// conversion is needed, in buffers of this object. Not thread-safe.
+/// conversion is needed, in buffers of this object. Of a rank's config (model_config::part) sizes
+/// are those of its part, and weights are cut as they are read (tensor_shard.hpp). Not thread-safe.
 class weight_store {
 public:
   /// `ops` must outlive the store.
@@ -76,6 +77,9 @@ public:
   expected<std::vector<float>> dequantised(const std::string& name, std::int32_t num_rows,
                                            std::int32_t num_cols);
 
+  /// The device has all weights already: what `keep` is given is not looked at.
+  bool are_there() const { return ops_.has_weights(); }
+
   /// Keeps values and places them on the device.
   const float* keep(std::vector<float> values);
 
@@ -83,7 +87,14 @@ public:
   kernels::weight_matrix keep(std::vector<float> values, std::int32_t num_cols,
                               kernels::weight_use use = kernels::weight_use::product);
 
+  /// The same where `are_there` holds, of which only the shape is needed.
+  kernels::weight_matrix keep_shape(std::int32_t num_rows, std::int32_t num_cols,
+                                    kernels::weight_use use = kernels::weight_use::product);
+
 private:
+  expected<stored_weight> find_part(const std::string& name, std::int32_t num_rows,
+                                    std::int32_t num_cols);
+
   std::shared_ptr<tensor_source> source_;
   model_config config_;
   kernels::ops& ops_;
