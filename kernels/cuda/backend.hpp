@@ -8,6 +8,7 @@
 #include "troupe/kernels/cuda/context.hpp"
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 #include "troupe/kernels/cuda/kernels.hpp"
+#include "troupe/kernels/cuda/rank_group.hpp"
 #include "troupe/kernels/cuda/recording.hpp"
 
 namespace troupe::kernels::cuda {
@@ -24,7 +25,9 @@ struct placed_weight {
 class cuda_ops final : public gpu_ops {
 public:
   cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
-           std::shared_ptr<weight_memory> weights);
+           std::shared_ptr<weight_memory> weights, std::shared_ptr<rank_group> group,
+           std::int32_t rank);
+  ~cuda_ops() override;
 
   const char* description() const override { return description_.c_str(); }
   element_type activation_type() const override { return element_type::bf16; }
@@ -105,6 +108,8 @@ private:
   /// The same for what waits for the device, which a recorded step cannot.
   bool begin_waiting(std::int32_t num_rows = 1);
   void launched(const char* what);
+  /// Takes over what the kernels of this rank have noted.
+  void check_group();
   void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
 
   std::shared_ptr<void> take_weight(std::size_t bytes);
@@ -149,6 +154,8 @@ private:
   };
   const expert_table* find_experts(std::span<const expert_weights> experts);
 
+  std::shared_ptr<rank_group> group_; ///< null: computes alone
+  std::int32_t rank_;
   context gpu_;
   cudaStream_t stream_;
   std::atomic<std::uint64_t> unwatched_{0};

@@ -55,6 +55,12 @@ bool context::check(cudaError_t status, const char* what) {
   return failure_.empty();
 }
 
+void context::fail(const std::string& why) {
+  if (failure_.empty()) {
+    failure_ = "cuda:" + std::to_string(device_) + ": " + why;
+  }
+}
+
 bool context::synchronise() {
   if (is_recording_) {
     spoil_recording("it waits for the device");

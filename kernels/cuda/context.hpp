@@ -37,6 +37,9 @@ public:
   /// Keeps the first failure. True if there is none.
   bool check(cudaError_t status, const char* what);
 
+  /// Keeps a failure that the driver does not know of, if it is the first.
+  void fail(const std::string& why);
+
   /// Waits for everything queued.
   bool synchronise();
 
