@@ -168,6 +168,20 @@ private:
   std::unique_ptr<stage_group> group_;
 };
 
+/// A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
+/// position far; dense models have no such positions. The models of odd shapes have steep logits:
+/// they are here for the bits.
+void check_deviations(const std::string& name, std::vector<double>& deviations, bool is_odd) {
+  const double median = test::quantile(deviations, 0.5);
+  const double most = test::quantile(deviations, 0.9);
+  char line[120];
+  std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
+                name.c_str(), median, most, test::quantile(deviations, 1.0));
+  WARN(line);
+  CHECK(median < (is_odd ? 2e-1 : 3e-2));
+  CHECK(most < (is_odd ? 1.0 : 1e-1));
+}
+
 } // namespace
 
 TEST_CASE("golden log-probabilities of every kind of model, the same bits in any chunks",
@@ -197,18 +211,7 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
         CHECK(gpu()->num_repeated_steps() > repeated); // rows that came one by one
       }
     }
-    // A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
-    // position far; dense models have no such positions.
-    const double median = test::quantile(deviations, 0.5);
-    const double most = test::quantile(deviations, 0.9);
-    char line[80];
-    std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
-                  name.c_str(), median, most, test::quantile(deviations, 1.0));
-    WARN(line);
-    // The models of odd shapes have steep logits: they are here for the bits.
-    const bool is_odd = name.starts_with("shapes/");
-    CHECK(median < (is_odd ? 2e-1 : 3e-2));
-    CHECK(most < (is_odd ? 1.0 : 1e-1));
+    check_deviations(name, deviations, name.starts_with("shapes/"));
   }
   CHECK(gpu()->failure().empty());
 }
@@ -258,6 +261,10 @@ TEST_CASE("stages on two and four ranks: golden values, the same bits in any chu
   if (gpu() == nullptr)
     return;
   for (const std::int32_t num_ranks : {2, 4}) {
+    if (kernels::cuda::num_devices() < num_ranks) {
+      WARN("skipped: there are not " << num_ranks << " GPUs here");
+      continue; // ranks that share a GPU keep each other from running
+    }
     gpu_ranks ranks(num_ranks);
     for (const std::string name :
          {"reference/deepseek_v3", "reference/deepseek_v3_fp8", "reference/deepseek_v2",
@@ -273,15 +280,15 @@ TEST_CASE("stages on two and four ranks: golden values, the same bits in any chu
       const auto expected = test::load_golden(directory);
       gpu_model model(directory, 1, 512, 512, ranks.all);
       std::vector<double> deviations;
-      for (std::size_t i = 0; i < 2; ++i) {
+      for (std::size_t i = 0; i < expected.size(); ++i) {
         const auto tokens = expected[i].all_tokens();
         const auto whole = model.score(tokens, 512);
         test::add_deviations(expected[i], whole, model.vocab_size(), deviations);
-        for (const std::int32_t chunk : {1, 7, 64})
-          CHECK(same_bits(model.score(tokens, chunk), whole));
+        if (i < 2)
+          for (const std::int32_t chunk : {1, 7, 64})
+            CHECK(same_bits(model.score(tokens, chunk), whole));
       }
-      CHECK(test::quantile(deviations, 0.5) < 3e-2);
-      CHECK(test::quantile(deviations, 0.9) < 1e-1);
+      check_deviations(name + " on " + std::to_string(num_ranks) + " ranks", deviations, false);
     }
     CHECK(ranks.num_repeated_steps() > 0);
     check_conversations(ranks.all);
