@@ -317,10 +317,12 @@ int run(int argc, char** argv) {
     bench_experts(*ops);
   }
   if (wanted("step")) {
-    bench_steps(*ops);
+    gpu_ops* const alone[] = {ops.get()};
+    bench_steps(alone);
   }
   if (wanted("ranks")) {
     bench_ranks();
+    bench_steps_of_ranks();
   }
   if (!ops->failure().empty()) {
     std::fprintf(stderr, "gpu-bench: %s\n", ops->failure().c_str());
