@@ -17,7 +17,7 @@ constexpr std::int64_t kMostPieces = std::int64_t{8} << 20;
 /// What the `few` way takes at most, and where it is the faster one: pieces of 16 bytes that a rank
 /// writes to all others together.
 constexpr std::uint32_t kMostFew = std::uint32_t{64} << 10;
-constexpr std::uint32_t kBestFew = std::uint32_t{32} << 10;
+constexpr std::uint32_t kBestFew = std::uint32_t{24} << 10;
 
 bool check(cudaError_t status, const char* what, std::string& error) {
   if (status != cudaSuccess) {
@@ -43,6 +43,12 @@ std::shared_ptr<rank_group> rank_group::make(std::span<const std::int32_t> devic
   if (devices.empty() || devices.size() > kMostRanks || max_rows < 1 || num_cols < 1) {
     error = "a group has 1 to " + std::to_string(kMostRanks) + " ranks, and rows";
     return nullptr;
+  }
+  for (const std::int32_t device : devices) {
+    if (device < 0 || device >= num_devices()) {
+      error = "there is no cuda:" + std::to_string(device);
+      return nullptr;
+    }
   }
   const std::shared_ptr<rank_group> result(new rank_group);
   result->devices_.assign(devices.begin(), devices.end());

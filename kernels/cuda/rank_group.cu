@@ -506,19 +506,19 @@ exchange_kernel few_kernel(std::int32_t num_ranks, bool whole) {
 
 exchange_kernel many_kernel(std::int32_t num_ranks, bool large, bool whole) {
   if (num_ranks == 2 && large) {
-    return whole ? add_both<4, true> : add_both<4, false>;
+    return whole ? add_both<2, true> : add_both<2, false>;
   }
   if (num_ranks == 2) {
     return whole ? add_both<1, true> : add_both<1, false>;
   }
   if (num_ranks <= 4 && large) {
-    return whole ? add_shares<4, 4, true> : add_shares<4, 4, false>;
+    return whole ? add_shares<4, 2, true> : add_shares<4, 2, false>;
   }
   if (num_ranks <= 4) {
     return whole ? add_shares<4, 1, true> : add_shares<4, 1, false>;
   }
   if (large) {
-    return whole ? add_shares<8, 4, true> : add_shares<8, 4, false>;
+    return whole ? add_shares<8, 2, true> : add_shares<8, 2, false>;
   }
   return whole ? add_shares<8, 1, true> : add_shares<8, 1, false>;
 }
@@ -557,8 +557,8 @@ void launch_many(cudaStream_t stream, const rank_view& group, const pieces_of_ro
   const auto jobs = [&](std::uint32_t chunk) {
     return (x.count + chunk * unit - 1) / (chunk * unit);
   };
-  // Large chunks where there are enough of them for all blocks.
-  const bool large = jobs(exchange_layout::kLargeChunk) >= most;
+  // Large chunks where there is enough of them.
+  const bool large = jobs(exchange_layout::kLargeChunk) >= most / 2;
   const auto blocks =
     std::min(jobs(large ? exchange_layout::kLargeChunk : exchange_layout::kSmallChunk), most);
   many_kernel(num_ranks, large, x.whole)<<<blocks, kManyThreads, 0, stream>>>(group, x);

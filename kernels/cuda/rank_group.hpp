@@ -48,7 +48,7 @@ struct exchange_layout {
   std::uint32_t most_many = 0; ///< likewise
 
   static constexpr std::uint32_t kSmallChunk = 512;     ///< pieces
-  static constexpr std::uint32_t kLargeChunk = 512 * 4; ///< pieces
+  static constexpr std::uint32_t kLargeChunk = 512 * 2; ///< pieces
 
   constexpr std::size_t num_chunks() const { return most_many / kSmallChunk + 1 + kMostRanks; }
   /// Pieces that one rank adds up of another's.
