@@ -157,7 +157,9 @@ weight_store::weight_store(std::shared_ptr<tensor_source> source, const model_co
 expected<kernels::weight_matrix> weight_store::matrix(const std::string& name,
                                                       std::int32_t num_rows, std::int32_t num_cols,
                                                       kernels::weight_use use) {
-  auto stored = find_weight(*source_, config_, name, num_rows, num_cols, weight_loading::load);
+  const bool wants_elements = ops_.reads_of_weights() == kernels::weight_reading::elements;
+  auto stored = find_weight(*source_, config_, name, num_rows, num_cols,
+                            wants_elements ? weight_loading::load : weight_loading::recipe);
   if (!stored)
     return tl::unexpected(std::move(stored.error()));
   // The format promises no alignment, although the usual writers keep it.
@@ -168,7 +170,11 @@ expected<kernels::weight_matrix> weight_store::matrix(const std::string& name,
     stored->data = nullptr;
   }
   kept_.push_back(std::move(*stored));
-  return ops_.place(kept_.back().view(), use);
+  const auto given = kept_.back().view();
+  const auto placed = ops_.place(given, use);
+  if (placed.data != given.data)
+    kept_.pop_back(); // the device has a copy
+  return placed;
 }
 
 expected<const float*> weight_store::vector(const std::string& name, std::int32_t size) {
@@ -183,6 +189,8 @@ expected<const float*> weight_store::vector(const std::string& name, std::int32_
 
 expected<std::vector<float>>
 weight_store::dequantised(const std::string& name, std::int32_t num_rows, std::int32_t num_cols) {
+  if (ops_.reads_of_weights() == kernels::weight_reading::shapes)
+    return std::vector<float>(static_cast<std::size_t>(num_rows) * num_cols);
   auto stored = find_weight(*source_, config_, name, num_rows, num_cols, weight_loading::load);
   if (!stored)
     return tl::unexpected(std::move(stored.error()));
@@ -203,7 +211,10 @@ const float* weight_store::keep(std::vector<float> values) {
   as_row.data = floats_.back().data();
   as_row.num_rows = 1;
   as_row.num_cols = static_cast<std::int32_t>(floats_.back().size());
-  return static_cast<const float*>(ops_.place(as_row, kernels::weight_use::stored).data);
+  const auto placed = ops_.place(as_row, kernels::weight_use::stored);
+  if (placed.data != as_row.data)
+    floats_.pop_back(); // the device has a copy
+  return static_cast<const float*>(placed.data);
 }
 
 kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_t num_cols,
@@ -211,7 +222,8 @@ kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_
   kernels::weight_matrix result;
   result.num_rows = static_cast<std::int32_t>(values.size()) / num_cols;
   result.num_cols = num_cols;
-  if (fits_bf16(values)) { // as what is made of a bf16 checkpoint: half the memory to read
+  const bool is_short = fits_bf16(values);
+  if (is_short) { // as what is made of a bf16 checkpoint: half the memory to read
     auto& kept = halves_.emplace_back(values.size());
     std::transform(values.begin(), values.end(), kept.begin(), [](float value) {
       return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
@@ -222,7 +234,10 @@ kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_
     floats_.push_back(std::move(values));
     result.data = floats_.back().data();
   }
-  return ops_.place(result, use);
+  const auto placed = ops_.place(result, use);
+  if (placed.data != result.data) // the device has a copy
+    is_short ? halves_.pop_back() : floats_.pop_back();
+  return placed;
 }
 
 kernels::weight_use wide_product_use(const model_config& config) {

@@ -56,7 +56,8 @@ expected<part_size> check_weights(tensor_source& source, const model_config& con
                                   const model_part& part);
 
 /// Where tensors of one part live as long as they are used: in the mapping as stored or, where
-/// conversion is needed, in buffers of this object. Not thread-safe.
+/// conversion is needed, in buffers of this object; not those of which the device has a copy.
+/// Not thread-safe.
 class weight_store {
 public:
   /// `ops` must outlive the store.
@@ -72,7 +73,8 @@ public:
   /// A vector converted to float32, placed on the device.
   expected<const float*> vector(const std::string& name, std::int32_t size);
 
-  /// A weight as host float32 [num_rows, num_cols], scales applied.
+  /// A weight as host float32 [num_rows, num_cols], scales applied; of no use but their number
+  /// where what is made of them lies on the device already (kernels::weight_reading::shapes).
   expected<std::vector<float>> dequantised(const std::string& name, std::int32_t num_rows,
                                            std::int32_t num_cols);
 
