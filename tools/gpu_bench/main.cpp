@@ -10,7 +10,8 @@
 #include "timing.hpp"
 
 /// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
-/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step.
+/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step
+/// load.
 
 namespace gpu_bench {
 
@@ -316,6 +317,9 @@ int run(int argc, char** argv) {
   }
   if (wanted("step")) {
     bench_steps(*ops);
+  }
+  if (wanted("load")) {
+    bench_load();
   }
   if (!ops->failure().empty()) {
     std::fprintf(stderr, "gpu-bench: %s\n", ops->failure().c_str());
