@@ -1,5 +1,7 @@
 #include "troupe/actors/worker_parts.hpp"
 
+#include "troupe/actors/device_needs.hpp"
+
 #include <algorithm>
 #include <chrono>
 
@@ -60,6 +62,31 @@ struct loader {
       s.pulse);
   }
 
+  /// Before anything is read: whether the GPU is large enough and, where nothing is kept yet that
+  /// would be used again, whether enough of it is free.
+  expected<void> check_memory() const {
+    if (!device)
+      return {};
+    const auto memory = device->memory();
+    if (!memory)
+      return tl::unexpected(memory.error());
+    const auto kv_tokens = plan().kv_pages() * plan().page_tokens();
+    auto need = device_need_of(assignment.actors(), plan(), config);
+    const auto others = memory->total - memory->free;
+    const bool is_free = memory->kept > 0 || need.total() <= memory->free;
+    need.contexts = 2 * placement::context_bytes; // the keeper's and this process's
+    if (auto ok = placement::check_device(assignment.device(), need, memory->total, kv_tokens); !ok)
+      return ok;
+    if (is_free)
+      return {};
+    return fail(error_code::resource_exhausted,
+                fmt::format("{} needs {:.2f} GB ({}), and of its {:.1f} GB {:.1f} GB are in use",
+                            assignment.device(), static_cast<double>(need.total()) / 1e9,
+                            placement::describe(need), static_cast<double>(memory->total) / 1e9,
+                            static_cast<double>(others) / 1e9),
+                "nvidia-smi shows who uses it");
+  }
+
   expected<void> load_stage(const proto::ActorPlan& actor) {
     loaded_stage s;
     s.plan = actor;
@@ -82,7 +109,9 @@ struct loader {
       if (!model)
         return expected<void>(tl::unexpected(model.error()));
       s.model = std::move(*model);
-      return expected<void>();
+      return device ? s.model->rehearse(static_cast<std::int32_t>(plan().kv_pages()),
+                                        static_cast<std::int32_t>(plan().page_tokens()))
+                    : expected<void>();
     });
     if (!loaded)
       return loaded;
@@ -168,7 +197,9 @@ struct loader {
       if (!experts)
         return expected<void>(tl::unexpected(experts.error()));
       g.experts = std::move(*experts);
-      return expected<void>();
+      return device ? g.experts->rehearse(static_cast<std::int32_t>(plan().max_batch_tokens()),
+                                          config.num_experts_per_token)
+                    : expected<void>();
     });
     if (!loaded)
       return loaded;
@@ -225,6 +256,8 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
       return tl::unexpected(device.error());
     l.device = std::move(*device);
   }
+  if (auto enough = l.check_memory(); !enough)
+    return tl::unexpected(enough.error());
   for (const auto& actor : assignment.actors()) {
     auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
     if (!loaded)
