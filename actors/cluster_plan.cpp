@@ -1,5 +1,6 @@
 #include "troupe/actors/cluster_plan.hpp"
 
+#include "troupe/actors/device_needs.hpp"
 #include "troupe/memory/page_seals.hpp"
 #include "troupe/model/chat_template.hpp"
 #include "troupe/model/model_tokenizer.hpp"
@@ -7,8 +8,10 @@
 #include "troupe/model/tensor_source.hpp"
 #include "troupe/model/weights.hpp"
 #include "troupe/placement/core_shares.hpp"
+#include "troupe/telemetry/gpu_totals.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <string>
 #include <thread>
@@ -19,6 +22,9 @@
 namespace troupe::actors {
 
 namespace {
+
+/// What the driver gets to tell of its GPUs, which may take it seconds when it is asked first.
+constexpr auto driver_patience = std::chrono::milliseconds(5000);
 
 bool computes_on_gpus(const config::cluster_config& cluster) {
   return cluster.nodes.front().devices.front().kind == config::device_kind::cuda;
@@ -58,6 +64,26 @@ std::uint64_t weight_bytes(const placement::actor& actor, const placement::model
           shape.routed_experts_cost / shape.num_experts * (actor.end_expert - actor.first_expert);
   }
   return weights * static_cast<std::uint64_t>(weight_bits) / 8;
+}
+
+/// Whether the GPUs of this host have room for what they are to hold, as far as the driver tells.
+expected<void> check_local_devices(const config::cluster_config& cluster,
+                                   const proto::ClusterPlan& plan,
+                                   const model::model_config& model) {
+  if (!computes_on_gpus(cluster))
+    return {};
+  const auto totals = telemetry::gpu_totals(driver_patience);
+  const auto is_local = [&](const std::string& name) {
+    return std::any_of(cluster.nodes.begin(), cluster.nodes.end(), [&](const auto& node) {
+      return node.name == name && node.launch == config::launch_mode::local;
+    });
+  };
+  return check_devices(plan, model, [&](const planned_device& one) -> std::optional<std::uint64_t> {
+    const auto index = telemetry::cuda_index(one.device);
+    if (!index || *index >= totals.size() || !is_local(one.node))
+      return std::nullopt; // its worker will see
+    return totals[*index];
+  });
 }
 
 std::uint64_t mlp_size(std::int32_t hidden, std::int32_t intermediate) {
@@ -209,6 +235,8 @@ expected<proto::ClusterPlan> check_before_launch(const config::cluster_config& c
   auto plan = make_cluster_plan(cluster, *model);
   if (!plan)
     return plan;
+  if (auto enough = check_local_devices(cluster, *plan, *model); !enough)
+    return tl::unexpected(enough.error());
   if (auto tokenizer = model::load_tokenizer(path, *model); !tokenizer)
     return tl::unexpected(tokenizer.error());
   auto chat = model::chat_renderer::load(path);

@@ -118,6 +118,14 @@ public:
 
   const std::string& name() const override { return name_; }
 
+  expected<gpu_memory> memory() override {
+    auto kept = keeper_->report();
+    if (!kept)
+      return tl::unexpected(kept.error());
+    auto now = kernels::cuda::memory_of(device_);
+    return gpu_memory{now.total_bytes, now.free_bytes, kept->kept_bytes};
+  }
+
   expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) override {
     auto granted = keeper_->open(actor + "/kv", "", bytes);
     if (!granted) {
@@ -149,6 +157,13 @@ public:
       auto loaded = load(ops);
       if (weights->failure())
         return tl::unexpected(*weights->failure());
+      if (device->has_run_out())
+        return fail(error_code::resource_exhausted,
+                    fmt::format("{}: {} has too little memory for activations: {:.2f} GB of {:.1f} "
+                                "GB are left",
+                                actor, name_, double(device->memory().free_bytes) / 1e9,
+                                double(device->memory().total_bytes) / 1e9),
+                    "lower serving.max_batch_tokens or serving.kv_tokens, or use more GPUs");
       if (!device->failure().empty())
         return fail(error_code::internal, device->failure());
       if (!loaded)

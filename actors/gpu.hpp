@@ -23,6 +23,13 @@ struct gpu_rank {
   std::int32_t rank = 0;
 };
 
+/// Memory of a GPU, in bytes.
+struct gpu_memory {
+  std::uint64_t total = 0;
+  std::uint64_t free = 0;
+  std::uint64_t kept = 0; ///< by its keeper, for whomever
+};
+
 /// A GPU as a worker uses it: it computes there, and what must outlive it, weights and KV pages, is
 /// mapped from the GPU's keeper (memory/keeper.hpp). A worker that takes another's place finds both
 /// as they were. In a build without CUDA nothing of this can be opened, and the error says so.
@@ -39,6 +46,8 @@ public:
 
   /// "cuda:0".
   virtual const std::string& name() const = 0;
+
+  virtual expected<gpu_memory> memory() = 0;
 
   /// Memory for the KV pages of an actor, as the last process that computed for it has left it.
   virtual expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) = 0;

@@ -1,5 +1,6 @@
 #include "troupe/actors/worker_parts.hpp"
 
+#include "troupe/actors/device_needs.hpp"
 #include "troupe/model/tensor_shard.hpp"
 #include "troupe/placement/plan.hpp"
 
@@ -73,6 +74,36 @@ struct loader {
       s.pulse);
   }
 
+  /// Before anything is read: whether the GPUs are large enough and, where nothing is kept yet that
+  /// would be used again, whether enough of them is free.
+  expected<void> check_memory() const {
+    for (const auto& device : gpus)
+      if (auto enough = check_memory(*device); !enough)
+        return enough;
+    return {};
+  }
+
+  expected<void> check_memory(gpu& device) const {
+    const auto memory = device.memory();
+    if (!memory)
+      return tl::unexpected(memory.error());
+    const auto kv_tokens = plan().kv_pages() * plan().page_tokens();
+    auto need = device_need_of(assignment.actors(), plan(), config);
+    const auto others = memory->total - memory->free;
+    const bool is_free = memory->kept > 0 || need.total() <= memory->free;
+    need.contexts = 2 * placement::context_bytes; // the keeper's and this process's
+    if (auto ok = placement::check_device(device.name(), need, memory->total, kv_tokens); !ok)
+      return ok;
+    if (is_free)
+      return {};
+    return fail(error_code::resource_exhausted,
+                fmt::format("{} needs {:.2f} GB ({}), and of its {:.1f} GB {:.1f} GB are in use",
+                            device.name(), static_cast<double>(need.total()) / 1e9,
+                            placement::describe(need), static_cast<double>(memory->total) / 1e9,
+                            static_cast<double>(others) / 1e9),
+                "nvidia-smi shows who uses it");
+  }
+
   expected<void> load_stage(const proto::ActorPlan& actor) {
     loaded_stage s;
     s.plan = actor;
@@ -133,7 +164,9 @@ struct loader {
         if (!model)
           return expected<void>(tl::unexpected(model.error()));
         made = std::move(*model);
-        return expected<void>();
+        return gpus.empty() ? expected<void>()
+                            : made->rehearse(static_cast<std::int32_t>(plan().kv_pages()),
+                                             static_cast<std::int32_t>(plan().page_tokens()));
       };
       auto threads = plan().compute_threads() / static_cast<std::uint32_t>(num_ranks());
       auto loaded = gpus.empty()
@@ -229,7 +262,9 @@ struct loader {
       if (!experts)
         return expected<void>(tl::unexpected(experts.error()));
       g.experts = std::move(*experts);
-      return expected<void>();
+      return !gpus.empty() ? g.experts->rehearse(
+               static_cast<std::int32_t>(plan().max_batch_tokens()), config.num_experts_per_token)
+                           : expected<void>();
     });
     if (!loaded)
       return loaded;
@@ -300,6 +335,8 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
       return tl::unexpected(gpus.error());
     l.gpus = std::move(*gpus);
   }
+  if (auto enough = l.check_memory(); !enough)
+    return tl::unexpected(enough.error());
   for (const auto& actor : assignment.actors()) {
     auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
     if (!loaded)

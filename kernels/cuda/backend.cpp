@@ -146,11 +146,17 @@ void cuda_ops::break_down() {
   }
 }
 
-device_memory cuda_ops::memory() const {
+device_memory memory_of(std::int32_t device) {
   device_memory result;
-  cudaSetDevice(gpu_.device());
-  cudaMemGetInfo(&result.free_bytes, &result.total_bytes);
+  if (cudaSetDevice(device) != cudaSuccess
+      || cudaMemGetInfo(&result.free_bytes, &result.total_bytes) != cudaSuccess) {
+    cudaGetLastError();
+  }
   return result;
+}
+
+device_memory cuda_ops::memory() const {
+  return memory_of(gpu_.device());
 }
 
 std::shared_ptr<void> cuda_ops::allocate(std::size_t bytes) {

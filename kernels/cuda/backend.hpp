@@ -33,7 +33,9 @@ public:
   element_type activation_type() const override { return element_type::bf16; }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
   weight_matrix place(const weight_matrix& weight, weight_use use) override;
-  bool has_weights() const override { return weights_are_there_; }
+  weight_reading reads_of_weights() const override {
+    return weights_are_there_ ? weight_reading::shapes : weight_reading::recipes;
+  }
   void copy_to_host(const rows_view& from, void* to) override;
   void copy_from_host(const void* from, const rows_view& to) override;
   void embed(const weight_matrix& table, std::span<const std::int32_t> ids,
@@ -93,6 +95,7 @@ public:
   const std::string& failure() const override { return gpu_.failure(); }
   void break_down() override;
   device_memory memory() const override;
+  bool has_run_out() const override { return gpu_.has_run_out(); }
   void* stream() const override { return stream_; }
   std::uint64_t num_repeated_steps() const override { return steps_.num_repeated(); }
 
@@ -114,8 +117,12 @@ private:
 
   std::shared_ptr<void> take_weight(std::size_t bytes);
   std::shared_ptr<void> upload_weight(const void* from, std::size_t bytes);
+  std::shared_ptr<void> place_scales(const weight_matrix& weight);
+  template <class Use>
+  void stage(const weight_matrix& weight, const weight_matrix& on_device, const Use& use);
   std::int32_t* next_nan_note();
-  bool pack(const weight_matrix& on_device, const packed_matrix& to, std::int32_t* note);
+  bool pack(const weight_matrix& weight, const weight_matrix& on_device, const packed_matrix& to,
+            std::int32_t* note);
   void choose_packing(const weight_matrix& weight, packed_matrix& to) const;
   weight_matrix place_rows(const weight_matrix& weight, const weight_matrix& on_device);
   const packed_matrix& packed(const weight_matrix& w) const;

@@ -43,6 +43,10 @@ public:
   /// Waits for everything queued.
   bool synchronise();
 
+  /// Somebody was refused memory.
+  bool has_run_out() const { return has_run_out_; }
+  void run_out() { has_run_out_ = true; }
+
   /// While a step is recorded (recording.hpp), nothing may wait, move memory or upload. Who has to
   /// says so instead of doing it, and the recording is thrown away. Nothing that is queued
   /// meanwhile runs, and errors are not the GPU's.
@@ -61,6 +65,7 @@ private:
   std::int32_t device_;
   std::int32_t num_multiprocessors_ = 1;
   bool is_hopper_ = false;
+  bool has_run_out_ = false;
   std::string name_;
   std::string failure_;
   cudaStream_t stream_ = nullptr;

@@ -26,6 +26,9 @@ struct device_memory {
   std::size_t total_bytes = 0;
 };
 
+/// Of a GPU as it is now, whoever uses it.
+device_memory memory_of(std::int32_t device);
+
 /// Operations on one GPU: bfloat16 activations and pages, float32 accumulation. Work is queued on
 /// one stream of the object; what an operation writes to host memory is there when it returns,
 /// everything else is only queued. An object is used by one thread at a time.
@@ -41,6 +44,9 @@ public:
   virtual void synchronise() = 0;
 
   virtual device_memory memory() const = 0;
+
+  /// Memory was asked for that the GPU did not have, whatever became of it.
+  virtual bool has_run_out() const = 0;
 
   /// Calls of `step` that repeated what an earlier one had recorded. TROUPE_CUDA_GRAPHS=off in the
   /// environment keeps an object from recording.

@@ -110,6 +110,12 @@ public:
   /// earlier life of this stage.
   void attach_kv(void* data, std::int32_t num_pages, std::int32_t page_tokens);
 
+  /// Before there is KV memory: computes micro-batches of the largest size and of small ones, of
+  /// nothing that anybody has asked for, in pages of its own. So a device takes whatever memory it
+  /// will need, and says at once if there is too little. `num_pages` is the longest block table.
+  /// Errors: resource_exhausted; internal with the failure of the device.
+  expected<void> rehearse(std::int32_t num_pages, std::int32_t page_tokens);
+
   /// Computes the layers. The result [rows, hidden] is on the device and valid until the next
   /// call. Errors: invalid_request for tokens, positions or pages out of range; internal for
   /// no or too many rows and for values that are not finite; whatever the exchange returns.
@@ -140,6 +146,7 @@ private:
               const stage_options& options, kernels::ops& ops);
 
   void allocate_scratch();
+  expected<void> rehearse_step(std::int32_t num_rows, std::int32_t table_size);
   expected<void> check_input(const stage_input& input) const;
   expected<void> check_batch(const kernels::batch_view& batch) const;
   expected<void> check_drafts(const draft_input& input, std::span<const std::int32_t> out) const;

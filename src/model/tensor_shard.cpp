@@ -32,10 +32,12 @@ std::int32_t cut_block(std::int32_t block, std::int32_t first, std::int32_t coun
 void cut_scales(stored_weight& part, const stored_weight& whole, std::int32_t first_row,
                 std::int32_t first_col) {
   const auto* from = whole.view().scales;
-  if (from == nullptr)
+  if (from == nullptr && !whole.recipe)
     return;
   part.block_rows = cut_block(whole.block_rows, first_row, part.num_rows);
   part.block_cols = cut_block(whole.block_cols, first_col, part.num_cols);
+  if (whole.recipe)
+    return; // scales are made with the elements
   const auto across = ceil_div(whole.num_cols, whole.block_cols);
   const auto rows = ceil_div(part.num_rows, part.block_rows);
   const auto cols = ceil_div(part.num_cols, part.block_cols);
@@ -63,6 +65,7 @@ stored_weight empty_part(const stored_weight& whole, std::int32_t num_rows, std:
   part.num_cols = num_cols;
   part.block_rows = whole.block_rows;
   part.block_cols = whole.block_cols;
+  part.recipe = whole.recipe;
   part.num_tensors = whole.num_tensors;
   part.num_bytes = whole.num_bytes;
   return part;
@@ -108,14 +111,18 @@ expected<model_config> rank_config(const model_config& whole, std::int32_t rank,
 
 stored_weight cut_rows(stored_weight whole, std::int32_t first, std::int32_t count) {
   auto part = empty_part(whole, count, whole.num_cols);
-  const auto row = kernels::row_bytes(whole.type, whole.num_cols);
-  if (whole.data != nullptr)
-    part.data = whole.data + first * row;
-  else
-    part.repacked.assign(whole.repacked.begin() + static_cast<std::ptrdiff_t>(first * row),
-                         whole.repacked.begin()
-                           + static_cast<std::ptrdiff_t>((first + count) * row));
   cut_scales(part, whole, first, 0);
+  if (part.recipe) {
+    part.recipe->first_row += first;
+    return part;
+  }
+  const auto row = kernels::row_bytes(whole.type, whole.num_cols);
+  const auto begin = static_cast<std::ptrdiff_t>(first * row);
+  if (whole.data != nullptr)
+    part.data = whole.data + begin;
+  else
+    part.repacked.assign(whole.repacked.begin() + begin,
+                         whole.repacked.begin() + begin + static_cast<std::ptrdiff_t>(count * row));
   return part;
 }
 
@@ -123,7 +130,9 @@ stored_weight cut_cols(stored_weight whole, std::int32_t first, std::int32_t cou
                        bool with_elements) {
   auto part = empty_part(whole, whole.num_rows, count);
   cut_scales(part, whole, 0, first);
-  if (!with_elements)
+  if (part.recipe)
+    part.recipe->first_col += first;
+  if (!with_elements || part.recipe)
     return part;
   const auto from_row = kernels::row_bytes(whole.type, whole.num_cols);
   const auto row = kernels::row_bytes(whole.type, count);

@@ -166,6 +166,15 @@ public:
   std::int32_t vocab_size() const { return stages.front()->leader().config().vocab_size; }
   stage_model& last() { return stages.back()->leader(); }
 
+  /// Before the first micro-batch.
+  void rehearse() {
+    const auto num_pages = static_cast<std::int32_t>(pages_.size());
+    for (std::size_t i = 0; i < stages.size(); ++i) {
+      REQUIRE(stages[i]->rehearse(num_pages, page_tokens));
+      stages[i]->attach_kv(kv_[i].get(), num_pages, page_tokens);
+    }
+  }
+
   /// Computes a micro-batch; its rows are those of the slices, in order.
   expected<void> forward(const std::vector<slice>& slices) {
     tokens_.clear();

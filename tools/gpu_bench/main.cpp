@@ -12,7 +12,7 @@
 
 /// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
 /// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step
-/// ranks.
+/// ranks load.
 
 namespace gpu_bench {
 
@@ -323,6 +323,9 @@ int run(int argc, char** argv) {
   if (wanted("ranks")) {
     bench_ranks();
     bench_steps_of_ranks();
+  }
+  if (wanted("load")) {
+    bench_load();
   }
   if (!ops->failure().empty()) {
     std::fprintf(stderr, "gpu-bench: %s\n", ops->failure().c_str());

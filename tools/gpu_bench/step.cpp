@@ -13,11 +13,7 @@
 
 namespace gpu_bench {
 
-namespace {
-
-using namespace troupe;
-
-constexpr const char* kConfig = R"({
+const char* const kLayersOfR1 = R"({
  "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": false,
  "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
  "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
@@ -34,6 +30,10 @@ constexpr const char* kConfig = R"({
  "vocab_size": 129280,
  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                          "weight_block_size": [128, 128]}})";
+
+namespace {
+
+using namespace troupe;
 
 /// Weights made of one block of random bytes: tensors begin at different places of it, so that
 /// experts and layers differ. Enough for measuring, and there in seconds.
@@ -123,7 +123,7 @@ struct batch {
 
 void bench_steps(std::span<kernels::cuda::gpu_ops* const> ranks) {
   constexpr std::int32_t kPage = 64, kPagesEach = 32, kMostSequences = 128, kMostRows = 2048;
-  auto config = model::parse_model_config(kConfig, "config.json");
+  auto config = model::parse_model_config(kLayersOfR1, "config.json");
   if (!config) {
     std::printf("steps: %s\n", config.error().cause.c_str());
     return;
