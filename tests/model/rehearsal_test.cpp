@@ -33,17 +33,31 @@ TEST_CASE("what was rehearsed leaves no trace in what is computed") {
   const bool latent = GENERATE(true, false);
   const auto model = model_in(directory, latent);
   const test::layout layouts[] = {{{2}, 0}, {{1, 2}, 0}, {{1, 2}, 2}};
-  for (const auto& how : layouts) {
+  for (auto how : layouts) {
     if (!latent && how.num_groups > 0)
       continue;
     CAPTURE(latent, how.stage_ends.size(), how.num_groups);
     const std::int32_t max_rows = 70;
     const std::int32_t max_drafts = latent ? 2 : 0;
     test::stage_pipeline plain(model, how, 1, 64, *ops, max_rows, max_drafts);
+    how.rehearses = true;
     test::stage_pipeline rehearsed(model, how, 1, 64, *ops, max_rows, max_drafts);
-    rehearsed.rehearse();
     CHECK(rehearsed.score(kTokens, 4) == plain.score(kTokens, 4));
   }
+}
+
+TEST_CASE("ranks rehearse one by one, and add up together afterwards") {
+  const auto group = kernels::make_cpu_rank_group(2);
+  const auto first = kernels::make_cpu_ops(1, nullptr, kernels::numerics::exact, group, 0);
+  const auto second = kernels::make_cpu_ops(1, nullptr, kernels::numerics::exact, group, 1);
+  const std::vector<kernels::ops*> ranks{first.get(), second.get()};
+  const testing::temporary_directory directory;
+  const auto model = model_in(directory, false);
+  test::stage_pipeline plain(model, {{2}, 0}, 1, 64, ranks, 70);
+  test::stage_pipeline rehearsed(model, {{2}, 0, true}, 1, 64, ranks, 70);
+  CHECK(rehearsed.score(kTokens, 4) == plain.score(kTokens, 4));
+  CHECK(first->failure().empty());
+  CHECK(second->failure().empty());
 }
 
 TEST_CASE("a stage that has rehearsed waits for its KV memory") {

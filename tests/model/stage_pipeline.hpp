@@ -103,6 +103,7 @@ private:
 struct layout {
   std::vector<std::int32_t> stage_ends;
   std::int32_t num_groups = 0;
+  bool rehearses = false; ///< before it has KV memory
 };
 
 /// Consecutive tokens of one sequence.
@@ -153,6 +154,8 @@ public:
         REQUIRE(part);
         auto model = stage_model::load(*source, *part, options, ops);
         REQUIRE(model);
+        if (how.rehearses)
+          REQUIRE((*model)->rehearse(num_pages, page_tokens));
         kv_.push_back(ops.allocate((*model)->kv_bytes(num_pages, page_tokens)));
         kv.push_back(kv_.back().get());
         models.push_back(std::move(*model));
@@ -165,15 +168,6 @@ public:
 
   std::int32_t vocab_size() const { return stages.front()->leader().config().vocab_size; }
   stage_model& last() { return stages.back()->leader(); }
-
-  /// Before the first micro-batch.
-  void rehearse() {
-    const auto num_pages = static_cast<std::int32_t>(pages_.size());
-    for (std::size_t i = 0; i < stages.size(); ++i) {
-      REQUIRE(stages[i]->rehearse(num_pages, page_tokens));
-      stages[i]->attach_kv(kv_[i].get(), num_pages, page_tokens);
-    }
-  }
 
   /// Computes a micro-batch; its rows are those of the slices, in order.
   expected<void> forward(const std::vector<slice>& slices) {
