@@ -219,7 +219,7 @@ void cuda_ops::clear(const rows_view& x) {
 }
 
 void cuda_ops::all_reduce(const rows_view& x) {
-  if (group_ == nullptr || !begin(x.num_rows)) {
+  if (group_ == nullptr || is_alone_ || !begin(x.num_rows)) {
     return;
   }
   const trace range("all-reduce");

@@ -70,6 +70,7 @@ public:
                          const rows_view& out) override;
   void clear(const rows_view& x) override;
   void all_reduce(const rows_view& x) override;
+  void rehearse(bool alone) override { is_alone_ = alone; }
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
   void add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight, float epsilon,
@@ -179,6 +180,7 @@ private:
   std::shared_ptr<void> flag_;     ///< one number
   std::shared_ptr<void> counters_; ///< of mixture_router
   std::vector<std::unique_ptr<placed_weight>> weights_;
+  bool is_alone_ = false;  ///< it rehearses
   bool weights_are_there_; ///< a predecessor has placed them
   std::shared_ptr<void>
     nan_table_; ///< of the device: for each product weight, whether it holds NaN

@@ -91,6 +91,21 @@ TEST_CASE("an expert group needs its experts, and its stage no more") {
   CHECK(outside[1].need.scratch > 0);
 }
 
+TEST_CASE("GPUs that compute a stage together need a part of it each") {
+  const auto model = small_model();
+  auto cluster = two_gpus(1, 0);
+  const auto alone = device_needs(plan_of(cluster), model);
+  cluster.parallel.tensor = 2;
+  const auto together = device_needs(plan_of(cluster), model);
+  REQUIRE(together.size() == 2);
+  CHECK(together[0].device == "cuda:0");
+  CHECK(together[1].device == "cuda:1");
+  CHECK(together[0].need == together[1].need);
+  CHECK(together[0].need.weights < alone[0].need.weights);
+  // Every rank has the latents of all tokens; sums of pages are a trifle.
+  CHECK(together[0].need.kv_pages == Approx(alone[0].need.kv_pages).epsilon(0.02));
+}
+
 TEST_CASE("the first GPU that is too small is refused, by name; unknown ones are not") {
   const auto model = small_model();
   const auto plan = plan_of(two_gpus(2, 0));

@@ -121,3 +121,29 @@ TEST_CASE("a model whose heads or widths cannot be cut evenly is refused") {
   config.num_kv_heads = 3;
   CHECK_FALSE(rank_config(config, 0, 2));
 }
+
+TEST_CASE("a part of a recipe is the recipe of the part") {
+  stored_weight whole;
+  whole.type = element_type::f8_e4m3;
+  whole.num_rows = 200;
+  whole.num_cols = 384;
+  whole.block_rows = 128;
+  whole.block_cols = 128;
+  whole.recipe.emplace();
+  whole.recipe->num_rows = 200;
+  whole.recipe->num_cols = 384;
+  whole.recipe->block_rows = 128;
+  whole.recipe->block_cols = 128;
+  auto part = cut_cols(cut_rows(whole, 100, 100), 128, 256);
+  REQUIRE(part.recipe);
+  CHECK(part.view().data == nullptr);
+  CHECK(part.view().recipe == &*part.recipe);
+  CHECK(part.num_rows == 100);
+  CHECK(part.num_cols == 256);
+  CHECK(part.view().block_rows == 4); // of rows 100 to 199, the first 28 have another scale
+  CHECK(part.view().block_cols == 128);
+  CHECK(part.recipe->first_row == 100);
+  CHECK(part.recipe->first_col == 128);
+  CHECK(part.recipe->num_rows == 200);
+  CHECK(part.recipe->block_rows == 128);
+}

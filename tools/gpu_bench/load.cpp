@@ -1,4 +1,5 @@
 #include "step.hpp"
+#include "timing.hpp"
 
 #include <algorithm>
 #include <chrono>
