@@ -1,6 +1,7 @@
 #pragma once
 
 #include "deterministic.hpp"
+#include "fake_boundary.hpp"
 #include "simulated_model.hpp"
 
 #include "troupe/actors/cluster_supervisor.hpp"
@@ -31,6 +32,7 @@ struct simulation_options {
   std::uint32_t num_stages = 2;
   std::uint32_t num_replicas = 1;
   std::uint32_t num_standbys = 0; ///< of each node
+  bool on_gpus = false;           ///< hidden rows stay on the device where they can
   std::uint32_t max_restarts = 1000;
   double loss = 0;     ///< chance that a message of the data path is lost
   double repeat = 0;   ///< chance that it comes again late
@@ -69,6 +71,7 @@ public:
   const std::shared_ptr<bool>& cut() const { return cut_; }
   const caf::actor& connection() const { return controller_; }
   std::shared_ptr<simulated_kv> kv(const std::string& actor) const;
+  const std::shared_ptr<fake_blocks>& blocks() const { return blocks_; }
 
   caf::actor handle;
   bool is_dead = false;
@@ -104,6 +107,7 @@ private:
   policy policy_;
   std::map<std::string, child> children_; ///< by the policy's name for the process
   std::map<std::string, std::shared_ptr<simulated_kv>> kv_;
+  std::shared_ptr<fake_blocks> blocks_ = std::make_shared<fake_blocks>(); ///< of its keepers
 };
 
 /// What requests have come to.
