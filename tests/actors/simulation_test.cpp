@@ -39,6 +39,7 @@ struct scenario {
     o.loss = 0.02;
     o.repeat = 0.02;
     o.refusal = 0.1;
+    o.has_gpus = pick(3) == 0;
     o.num_mishaps = static_cast<int>(pick(3) * 5);
     return o;
   }
