@@ -149,6 +149,7 @@ void data_plane::deliver(frame_ptr arrived) {
   std::pair<std::uint32_t, std::uint32_t> key{header.replica(), header.actor_index()};
   switch (header.kind()) {
   case proto::BOUNDARY:
+  case proto::BOUNDARY_WANTED:
     if (auto route = boundaries_.find(key); route != boundaries_.end())
       return route->second(std::move(arrived));
     break;

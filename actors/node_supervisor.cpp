@@ -192,6 +192,7 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
     if (!watch)
       return tl::unexpected(watch.error());
     c.watch = std::move(*watch);
+    spec.life = c.watch->life();
   }
   spec.log_path = log_path_of(what.name);
   auto pid = children_->spawn(std::move(spec));
@@ -264,21 +265,35 @@ void node_supervisor::keeper_exited(const child_exit& exit) {
 void node_supervisor::child_exited(const child_exit& exit) {
   if (exit.name.starts_with(options_.name + "/keeper-"))
     return keeper_exited(exit);
-  faults::suffer(faults::point::node_exit_seen, exit.name);
   auto found = running_.find(exit.name);
   if (found == running_.end())
     return;
-  auto c = std::move(found->second);
-  running_.erase(found);
+  auto& c = found->second;
+  if (!c.is_ending)
+    faults::suffer(faults::point::node_exit_seen, exit.name);
   bool was_judged = c.watch && !c.watch->verdict().empty();
-  carry_out(policy_.process_exited({exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
-                                    was_judged ? c.watch->judged() : exit.detected},
-                                   std::chrono::steady_clock::now()));
+  policy::process_end end{exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
+                          was_judged ? c.watch->judged() : exit.detected};
+  auto now = std::chrono::steady_clock::now();
+  if (!exit.is_gone) {
+    c.is_ending = true;
+    c.ending_since = exit.detected;
+    carry_out(policy_.process_ending(end, now));
+    return;
+  }
+  if (c.is_ending)
+    spdlog::info("{} (pid {}) {}; clearing up behind it took {:.1f} ms", exit.name, exit.pid,
+                 exit.text(),
+                 std::chrono::duration<double, std::milli>(exit.detected - c.ending_since).count());
+  if (c.is_ending && !was_judged)
+    end.detected = c.ending_since;
+  running_.erase(found);
+  carry_out(policy_.process_exited(end, now));
 }
 
 void node_supervisor::look_at_pulses(time_point now) {
   for (auto& [name, c] : running_) {
-    if (!c.watch || !c.watch->look(c.pid, now))
+    if (!c.watch || c.is_ending || !c.watch->look(c.pid, now))
       continue;
     spdlog::error("{} (pid {}): {}; killing it", name, c.pid, c.watch->verdict());
     children_->signal(name, SIGKILL);

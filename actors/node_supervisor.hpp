@@ -69,7 +69,9 @@ private:
   struct child {
     pid_t pid = 0;
     std::optional<child_watch> watch; ///< none where nothing is protected
-    messages::worker_actor handle;    ///< once it has said hello
+    bool is_ending = false;           ///< it computes no more
+    time_point ending_since{};
+    messages::worker_actor handle; ///< once it has said hello
   };
 
   void dial_controller();

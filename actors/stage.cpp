@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <tuple>
+#include <utility>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -61,31 +63,89 @@ stage::behavior_type stage::make_behavior() {
       run(asked.body);
     },
     [this](const cluster_view& view) {
-      ledger_.raise_epoch(view->epoch());
-      successor_ = {};
-      if (index_ + 1 < num_stages_) {
-        const auto* worker = find_stage(view.body, replica_, index_ + 1);
-        if (worker != nullptr && worker->state() == proto::RUNNING)
-          successor_ = {worker->plan().name(), worker->incarnation()};
-      }
-      ledger_.successor(successor_.incarnation);
+      take_view(view.body);
       carry_out();
     },
     [this](const frame_ptr& arrived) {
       const auto& header = arrived->header;
+      if (header.kind() == proto::BOUNDARY_WANTED)
+        return take_wish(header);
       if (ledger_.input(header.epoch(), header.step()))
         kept_[header.step()].input = arrived;
       carry_out();
     },
     [this](const stage_result& result) {
-      kept_[result.step].result = result;
-      if (result.failure)
-        ledger_.compute_failed(result.step);
-      else
-        ledger_.computed(result.step);
+      take_result(result);
       carry_out();
     },
   };
+}
+
+void stage::take_view(const proto::ClusterView& view) {
+  ledger_.raise_epoch(view.epoch());
+  auto target_of = [](const proto::WorkerView* worker) {
+    return worker != nullptr && worker->state() == proto::RUNNING
+             ? frame_target{worker->plan().name(), worker->incarnation()}
+             : frame_target{};
+  };
+  const auto* next = index_ + 1 < num_stages_ ? find_stage(view, replica_, index_ + 1) : nullptr;
+  const auto* own = find_stage(view, replica_, index_);
+  successor_ = target_of(next);
+  predecessor_ = index_ > 0 ? target_of(find_stage(view, replica_, index_ - 1)) : frame_target{};
+  meets_successor_ =
+    next != nullptr && own != nullptr && meet_on_devices(own->plan(), next->plan());
+  ledger_.successor(successor_.incarnation);
+}
+
+bool stage::stays_on_device() const {
+  return meets_successor_ && (cannot_map_.incarnation == 0 || cannot_map_ != successor_);
+}
+
+void stage::take_result(const stage_result& result) {
+  if (result.is_copy) {
+    auto kept = kept_.find(result.step);
+    if (kept == kept_.end())
+      return; // complete meanwhile
+    kept->second.is_copied = false;
+    kept->second.result.output = result.output;
+    if (result.output && successor_.incarnation != 0)
+      pass_on(result.step);
+    return;
+  }
+  if (result.input_is_lost) {
+    ledger_.input_lost(result.step);
+    return ask_for_input(result.step, result.failure->code);
+  }
+  kept_[result.step].result = result;
+  if (result.failure)
+    ledger_.compute_failed(result.step);
+  else
+    ledger_.computed(result.step);
+}
+
+/// The successor cannot take rows from the device: these, or any.
+void stage::take_wish(const proto::FrameHeader& wanted) {
+  if (wanted.error_code() != static_cast<std::uint32_t>(error_code::stale_epoch))
+    cannot_map_ = {wanted.sender(), wanted.sender_incarnation()};
+  auto kept = kept_.find(wanted.step());
+  if (kept == kept_.end() || !kept->second.result.left || successor_.incarnation == 0)
+    return; // passed on when it is computed
+  kept->second.goes_by_host = true;
+  pass_on(wanted.step());
+}
+
+/// Should this get lost, the scheduler's asking again makes the predecessor pass on again.
+void stage::ask_for_input(std::uint64_t step, error_code why) {
+  if (predecessor_.incarnation == 0)
+    return;
+  proto::FrameHeader header;
+  header.set_kind(proto::BOUNDARY_WANTED);
+  header.set_replica(replica_);
+  header.set_actor_index(index_ - 1);
+  header.set_epoch(ledger_.epoch());
+  header.set_step(step);
+  header.set_error_code(static_cast<std::uint32_t>(why));
+  frames_->send(predecessor_, std::move(header), {});
 }
 
 void stage::run(const proto::RunMicroBatch& asked) {
@@ -108,7 +168,7 @@ void stage::carry_out() {
     switch (action->what) {
     case kind::compute: {
       const auto& kept = kept_.at(action->step);
-      send(compute_, stage_work{kept.batch, kept.input});
+      send(compute_, stage_work{kept.batch, kept.input, stays_on_device()});
       break;
     }
     case kind::pass_on: pass_on(action->step); break;
@@ -121,8 +181,14 @@ void stage::carry_out() {
 
 void stage::pass_on(std::uint64_t step) {
   auto& kept = kept_.at(step);
-  if (!kept.result.output)
-    return; // passed on already and, unprotected, not kept
+  const auto& [left, output] = std::tie(kept.result.left, kept.result.output);
+  bool by_device = left && stays_on_device() && !kept.goes_by_host;
+  if (!by_device && !output) {
+    // Without rows it was passed on already and, unprotected, not kept.
+    if (left && !std::exchange(kept.is_copied, true))
+      send(compute_, stage_work{kept.batch, nullptr, false, left});
+    return;
+  }
   proto::FrameHeader header;
   header.set_kind(proto::BOUNDARY);
   header.set_replica(replica_);
@@ -131,7 +197,11 @@ void stage::pass_on(std::uint64_t step) {
   header.set_step(step);
   header.set_num_rows(static_cast<std::uint32_t>(kept.batch->tokens_size()));
   header.set_num_cols(hidden_size_);
-  frames_->send(successor_, std::move(header), {kept.result.output->bytes(), kept.result.output});
+  if (by_device) {
+    *header.mutable_place() = left->place;
+    return frames_->send(successor_, std::move(header), {});
+  }
+  frames_->send(successor_, std::move(header), {output->bytes(), output});
   if (unprotected_)
     kept.result.output = nullptr;
 }
@@ -173,8 +243,9 @@ stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
-    suffer_computing(*ops_.front(), traits_.actor);
-    auto result = work_on(work);
+    if (!work.left)
+      suffer_computing(*ops_.front(), traits_.actor);
+    auto result = work.left ? bring_to_host(work) : work_on(work);
     traits_.pulse.idle();
     for (const auto& ops : ops_)
       if (!ops->failure().empty()) {
@@ -195,8 +266,59 @@ stage_result stage_compute::work_on(const stage_work& work) {
   auto why = std::make_shared<error>(std::move(result.error()));
   why->cause = fmt::format("{} (layers {} to {}) could not compute step {}: {}", traits_.actor,
                            options.first_layer, options.end_layer - 1, step, why->cause);
-  spdlog::error("{}", why->text());
-  return {step, nullptr, nullptr, std::move(why), kv_is_damaged_};
+  if (input_is_lost_)
+    spdlog::info("{}", why->text());
+  else
+    spdlog::error("{}", why->text());
+  return {step, nullptr, nullptr, std::move(why), kv_is_damaged_, input_is_lost_};
+}
+
+/// Rows that stay on the device for a successor that cannot take them from there.
+stage_result stage_compute::bring_to_host(const stage_work& work) {
+  stage_result result;
+  result.step = work.batch->step();
+  result.is_copy = true;
+  const auto& left = *work.left;
+  auto buffer =
+    buffers_.take(static_cast<std::size_t>(left.num_rows) * static_cast<std::size_t>(left.num_cols)
+                  * kernels::size_of(ops_.front()->activation_type()));
+  if (!buffer) {
+    spdlog::error("{}: {}", traits_.actor, buffer.error().text());
+    return result;
+  }
+  result.output = std::make_shared<transport::buffer>(std::move(*buffer));
+  traits_.outbox->read_back(left, result.output->data());
+  return result;
+}
+
+expected<void> stage_compute::fetch(const proto::FrameHeader& from, const kernels::rows_view& to) {
+  if (from.num_rows() != static_cast<std::uint32_t>(to.num_rows)
+      || from.num_cols() != static_cast<std::uint32_t>(to.num_cols))
+    return fail(error_code::internal,
+                fmt::format("{} left {} rows of {} where {} of {} are needed", from.sender(),
+                            from.num_rows(), from.num_cols(), to.num_rows, to.num_cols));
+  auto fetched = traits_.boundary
+                   ? traits_.boundary->fetch(from.place(), to)
+                   : fail(error_code::unavailable, "this stage takes rows from the host alone");
+  input_is_lost_ = !fetched;
+  return fetched;
+}
+
+/// Leaves the output on the device or brings it to the host.
+expected<void> stage_compute::hand_over(const kernels::rows_view& hidden, bool stays,
+                                        stage_result& result) {
+  if (stays && traits_.outbox)
+    result.left = traits_.outbox->leave(hidden);
+  if (result.left)
+    return {};
+  auto buffer = buffers_.take(static_cast<std::size_t>(hidden.num_rows)
+                              * static_cast<std::size_t>(hidden.num_cols)
+                              * kernels::size_of(ops_.front()->activation_type()));
+  if (!buffer)
+    return tl::unexpected(buffer.error());
+  result.output = std::make_shared<transport::buffer>(std::move(*buffer));
+  ops_.front()->copy_to_host(hidden, result.output->data());
+  return {};
 }
 
 /// Verifies the pages that the step reads and breaks the seals of those that it writes.
@@ -245,6 +367,7 @@ void stage_compute::seal_pages(const proto::RunMicroBatch& batch) {
 expected<stage_result> stage_compute::compute(const stage_work& work) {
   const auto& batch = *work.batch;
   kv_is_damaged_ = false;
+  input_is_lost_ = false;
   auto num_sequences = batch.first_positions_size();
   if (batch.row_counts_size() != num_sequences || batch.page_counts_size() != num_sequences)
     return fail(error_code::invalid_request,
@@ -272,7 +395,12 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   input.batch = {positions_, sequences_, pages_, page_offsets_};
   auto row_bytes = kernels::size_of(ops_.front()->activation_type())
                    * static_cast<std::size_t>(model_->leader().config().hidden_size);
-  if (!model_->leader().is_first()) {
+  const bool is_first = model_->leader().is_first();
+  std::function<expected<void>(const kernels::rows_view&)> fetching;
+  if (!is_first && work.input->header.has_place()) {
+    fetching = [&](const kernels::rows_view& to) { return fetch(work.input->header, to); };
+    input.fetch = &fetching;
+  } else if (!is_first) {
     if (work.input->payload.size() != tokens_.size() * row_bytes)
       return fail(error_code::internal,
                   fmt::format("{} sent {} bytes of hidden states for {} rows of {}",
@@ -310,13 +438,9 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   // Drafting writes to the pages as well.
   if (traits_.seals)
     seal_pages(batch);
-  if (model_->leader().is_last())
-    return result;
-  auto buffer = buffers_.take(tokens_.size() * row_bytes);
-  if (!buffer)
-    return tl::unexpected(buffer.error());
-  result.output = std::make_shared<transport::buffer>(std::move(*buffer));
-  ops_.front()->copy_to_host(*hidden, result.output->data());
+  if (!model_->leader().is_last())
+    if (auto handed = hand_over(*hidden, work.stays_on_device, result); !handed)
+      return tl::unexpected(handed.error());
   return result;
 }
 

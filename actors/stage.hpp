@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/actors/boundary.hpp"
 #include "troupe/actors/data_plane.hpp"
 #include "troupe/actors/expert_group.hpp"
 #include "troupe/actors/injected.hpp"
@@ -23,16 +24,22 @@ using micro_batch_ptr = std::shared_ptr<const proto::RunMicroBatch>;
 /// What a stage's computing thread is given.
 struct stage_work {
   micro_batch_ptr batch;
-  frame_ptr input; ///< null for the first stage
+  frame_ptr input;              ///< null for the first stage
+  bool stays_on_device = false; ///< the output, where there is room
+  /// Nothing is to be computed: these rows, which this stage has left, are wanted on the host.
+  std::shared_ptr<const left_rows> left = nullptr;
 };
 
-/// What it gives back: one of the three.
+/// What it gives back: one of the first four.
 struct stage_result {
   std::uint64_t step = 0;
   std::shared_ptr<transport::buffer> output;   ///< hidden states for the next stage
   std::shared_ptr<proto::MicroBatchDone> done; ///< the last stage's tokens
   std::shared_ptr<const error> failure;
   bool kv_is_damaged = false; ///< with a failure
+  bool input_is_lost = false; ///< with a failure: it lies where it cannot be had
+  std::shared_ptr<const left_rows> left = nullptr; ///< hidden states that stay on the device
+  bool is_copy = false; ///< `output`, of rows that were left; null: no memory for it
 };
 
 } // namespace troupe::actors
@@ -54,6 +61,8 @@ struct stage_traits {
   memory::activity pulse;                    ///< of its computing thread
   bool unprotected = false;                  ///< for measuring only: nothing is checked or kept
   std::shared_ptr<memory::page_seals> seals; ///< of its KV pages; null: they have none
+  std::shared_ptr<boundary_device> boundary; ///< null: rows come and go by the host
+  std::shared_ptr<boundary_outbox> outbox;   ///< null: they go by the host
 };
 
 /// The computing half of a stage, in a thread of its own so that the stage can always answer.
@@ -70,6 +79,9 @@ public:
 private:
   stage_result work_on(const stage_work& work);
   expected<stage_result> compute(const stage_work& work);
+  stage_result bring_to_host(const stage_work& work);
+  expected<void> fetch(const proto::FrameHeader& from, const kernels::rows_view& to);
+  expected<void> hand_over(const kernels::rows_view& hidden, bool stays, stage_result& result);
   expected<void> open_pages(const proto::RunMicroBatch& batch);
   void seal_pages(const proto::RunMicroBatch& batch);
   expected<std::shared_ptr<proto::MicroBatchDone>> draw(const proto::RunMicroBatch& batch);
@@ -81,6 +93,7 @@ private:
   transport::buffer_pool buffers_;
   stage_traits traits_;
   bool kv_is_damaged_ = false; ///< found in the present step
+  bool input_is_lost_ = false; ///< likewise
   // Reused from step to step.
   std::vector<std::int32_t> tokens_, positions_, sequences_, pages_, page_offsets_, rows_,
     read_pages_;
@@ -109,11 +122,18 @@ private:
     micro_batch_ptr batch;
     frame_ptr input;
     stage_result result;
+    bool goes_by_host = false; ///< the successor has asked for it so
+    bool is_copied = false;    ///< to the host, at this moment
   };
 
+  void take_view(const proto::ClusterView& view);
+  void take_result(const stage_result& result);
+  void take_wish(const proto::FrameHeader& wanted);
+  bool stays_on_device() const;
   void run(const proto::RunMicroBatch& asked);
   void carry_out();
   void pass_on(std::uint64_t step);
+  void ask_for_input(std::uint64_t step, error_code why);
   void report(std::uint64_t step);
   void report_failure(std::uint64_t step);
 
@@ -128,6 +148,9 @@ private:
   std::uint64_t served_epoch_ = 0; ///< the newest that a micro-batch came in
   injected_faults faults_;
   frame_target successor_;
+  frame_target predecessor_;
+  bool meets_successor_ = false; ///< on a device: see meet_on_devices
+  frame_target cannot_map_;      ///< a successor that had to ask for rows by the host's way
   messages::scheduler_actor scheduler_;
   std::map<std::uint64_t, kept_step> kept_;
 };

@@ -8,6 +8,7 @@
 #include <chrono>
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 namespace troupe::actors {
 
@@ -123,6 +124,8 @@ struct loader {
       return loaded;
     if (auto attached = gpus.empty() ? attach_kv(s) : map_kv(s); !attached)
       return attached;
+    if (!gpus.empty() && plan().num_stages() > 1)
+      open_boundary(s);
     if (!options.with_local_experts) {
       auto experts = connect_experts(s);
       if (!experts)
@@ -205,6 +208,27 @@ struct loader {
     }
     give_kv(s, pages);
     return {};
+  }
+
+  /// What fails here costs time and nothing else: rows go by the host.
+  void open_boundary(loaded_stage& s) const {
+    proto::DevicePlace block;
+    auto element = kernels::size_of(s.ops.front()->activation_type());
+    if (!s.model->leader().is_last()) {
+      block.set_keeper(assignment.keepers(0));
+      block.set_block(s.plan.id() + "/boundary");
+      block.set_block_bytes(outbox_bytes(plan().num_stages(), plan().max_batch_tokens(),
+                                         static_cast<std::size_t>(config.hidden_size) * element));
+    }
+    auto opened = open_gpu_boundary(s.ops.front(), gpus.front()->name(),
+                                    s.model->leader().is_last() ? nullptr : &block);
+    if (!opened) {
+      spdlog::warn("{}: hidden rows go by the host: {}", s.plan.id(), opened.error().text());
+      return;
+    }
+    s.boundary = std::move(*opened);
+    if (!s.model->leader().is_last())
+      s.outbox = std::make_shared<boundary_outbox>(s.boundary, block, incarnation, element);
   }
 
   /// Pages in the node's memory.

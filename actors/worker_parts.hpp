@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/actors/boundary.hpp"
 #include "troupe/actors/data_plane.hpp"
 #include "troupe/actors/gpu.hpp"
 #include "troupe/kernels/ops.hpp"
@@ -28,6 +29,8 @@ struct loaded_stage {
   std::shared_ptr<remote_experts> experts;   ///< null where the stage has its own
   memory::activity pulse;                    ///< of its computing thread
   std::shared_ptr<memory::page_seals> seals; ///< null where the KV memory has no room for them
+  std::shared_ptr<boundary_device> boundary; ///< null: hidden rows come and go by the host
+  std::shared_ptr<boundary_outbox> outbox;   ///< null: they go by the host
 };
 
 /// What an expert group computes with.

@@ -54,6 +54,17 @@ public:
 
   /// The CUDA stream (cudaStream_t) on which everything is queued.
   virtual void* stream() const = 0;
+
+  /// Leaves rows for another process at `offset` of `block`, memory of this GPU that begins with a
+  /// number: rows with tickets below it are gone. The number is raised to `oldest` before anything
+  /// is overwritten. The rows are there when it returns.
+  virtual void leave_rows(const rows_view& from, std::uint64_t oldest, void* block,
+                          std::size_t offset) = 0;
+
+  /// Copies such rows from a block of this GPU or of another that it can read. False: the block did
+  /// not hold the rows of this ticket until the copy was done, and `to` may hold anything.
+  virtual bool fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
+                          const rows_view& to) = 0;
 };
 
 /// What the ranks of a tensor-parallel group on GPUs share: memory of each GPU that all of them

@@ -22,7 +22,7 @@ enum class exchange_way : std::uint8_t {
   best,
   /// Every rank writes its rows to every other, each 8 bytes with a number that says of which call
   /// they are; who reads polls the data itself. One way over the wire, twice the bytes: the LL
-  /// protocol of NCCL ("Demystifying NCCL", arXiv 2507.04786, section III-D).
+  /// protocol of NCCL ("Demystifying NCCL", arXiv 2507.04786).
   few,
   /// By chunks with a flag each. Two ranks write all they have to each other; more of them write
   /// each chunk to the one that adds it up, which writes the sum to all (reduce-scatter and

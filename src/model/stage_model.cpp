@@ -204,7 +204,8 @@ expected<void> stage_model::check_input(const stage_input& input) const {
                             options_.max_rows));
   if (kv_ == nullptr)
     return fail(error_code::internal, "a stage was asked to compute before it had KV memory");
-  if (is_first() ? input.tokens.size() != num_rows : input.hidden == nullptr)
+  if (is_first() ? input.tokens.size() != num_rows
+                 : input.hidden == nullptr && input.fetch == nullptr)
     return fail(error_code::internal, fmt::format("a micro-batch of {} rows came without its {}",
                                                   num_rows, is_first() ? "tokens" : "hidden rows"));
   if (is_first())
@@ -226,7 +227,10 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
   const auto num_rows = static_cast<std::int32_t>(input.batch.positions.size());
   const auto hidden = hidden_.view(num_rows);
   if (!is_first()) {
-    ops_.copy_from_host(input.hidden, hidden);
+    if (input.fetch == nullptr)
+      ops_.copy_from_host(input.hidden, hidden);
+    else if (auto fetched = (*input.fetch)(hidden); !fetched)
+      return tl::unexpected(std::move(fetched.error()));
     if (options_.checks_finite && !ops_.all_finite(hidden))
       return fail(error_code::internal,
                   fmt::format("hidden rows that came for layer {} hold values that are not finite",

@@ -56,6 +56,14 @@ void stage_ledger::compute_failed(std::uint64_t step) {
   }
 }
 
+void stage_ledger::input_lost(std::uint64_t step) {
+  computing_ = false;
+  if (auto i = entries_.find(step); i != entries_.end()) {
+    i->second.state = progress::waiting;
+    i->second.has_input = false;
+  }
+}
+
 std::uint32_t stage_ledger::attempt(std::uint64_t step) const {
   auto i = entries_.find(step);
   return i == entries_.end() ? 0 : i->second.attempt;

@@ -55,6 +55,10 @@ public:
   void computed(std::uint64_t step);
   void compute_failed(std::uint64_t step);
 
+  /// What came as the input of the step that was to be computed cannot be had: the step waits for
+  /// another.
+  void input_lost(std::uint64_t step);
+
   /// The next stage runs as this incarnation and can be sent to; 0: it is gone.
   void successor(std::uint64_t incarnation);
 

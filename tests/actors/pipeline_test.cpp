@@ -1,4 +1,5 @@
 #include "deterministic.hpp"
+#include "fake_boundary.hpp"
 
 #include "troupe/actors/scheduler.hpp"
 #include "troupe/actors/stage.hpp"
@@ -179,16 +180,17 @@ link_actor::behavior_type connection(link_actor::pointer self, actors::stage_loc
           }};
 }
 
-actors::stage_compute_actor::behavior_type fake_compute(actors::stage_compute_actor::pointer self,
-                                                        bool is_first, bool is_last,
-                                                        std::shared_ptr<fake_kv> kv,
-                                                        std::shared_ptr<failures> fails,
-                                                        std::shared_ptr<bool> alive) {
+actors::stage_compute_actor::behavior_type
+fake_compute(actors::stage_compute_actor::pointer self, bool is_first, bool is_last,
+             std::shared_ptr<fake_kv> kv, std::shared_ptr<failures> fails,
+             std::shared_ptr<bool> alive, std::shared_ptr<test::fake_hand_over> rows) {
   return {[=](const actors::stage_work& work) {
     if (!*alive)
       return; // the process is dead, its computing thread with it
     transport::buffer_pool buffers(1 << 20);
     auto asker = caf::actor_cast<actors::stage_local>(self->current_sender());
+    if (work.left)
+      return self->send(asker, rows->work(work, {}));
     if (fails->num_damaged_pages > 0 && is_last && work.batch->first_positions(0) > 0) {
       --fails->num_damaged_pages;
       auto last = work.batch->first_positions(0) - 1;
@@ -200,13 +202,17 @@ actors::stage_compute_actor::behavior_type fake_compute(actors::stage_compute_ac
                           work.batch->step(), nullptr, nullptr,
                           std::make_shared<error>(error{error_code::internal, "a NaN", "", ""})});
     else
-      self->send(asker, compute(work, is_first, is_last, *kv, buffers));
+      self->send(asker, rows->work(work, [&](const actors::stage_work& whole) {
+        return compute(whole, is_first, is_last, *kv, buffers);
+      }));
   }};
 }
 
 class pipeline : public test::deterministic_system {
 public:
-  pipeline(std::uint32_t num_stages, std::uint32_t num_pages) : num_stages_(num_stages) {
+  /// `device`: of all stages.
+  pipeline(std::uint32_t num_stages, std::uint32_t num_pages, const std::string& device = "cpu:0")
+    : num_stages_(num_stages) {
     proto::ClusterPlan plan;
     plan.set_num_replicas(1);
     plan.set_num_stages(num_stages);
@@ -224,6 +230,8 @@ public:
     for (std::uint32_t i = 0; i < num_stages; ++i) {
       auto* w = view_.add_workers();
       w->mutable_plan()->set_name("worker-" + std::to_string(i));
+      w->mutable_plan()->set_node("node-0");
+      w->mutable_plan()->set_device(device);
       auto* a = w->mutable_plan()->add_actors();
       a->set_kind(proto::STAGE);
       a->set_id("stage-" + std::to_string(i));
@@ -310,6 +318,19 @@ public:
   void fail_computations(int count) { fails_->num_computations = count; }
   void damage_page() { ++fails_->num_damaged_pages; }
   losses& lost() { return *lost_; }
+  test::fake_blocks& blocks() { return *blocks_; }
+  /// The stage's present process cannot map the memory of others.
+  void cut_from_devices(std::uint32_t i, bool on = true) { *cut_[i] = on; }
+  /// The stage is on another host from the next view on.
+  void move(std::uint32_t i, const std::string& node) {
+    view_.mutable_workers(static_cast<int>(i))->mutable_plan()->set_node(node);
+    publish();
+  }
+  std::size_t num_left(std::uint32_t i) const { return hand_overs_[i]->num_left(); }
+  /// Frames with a payload that a stage was sent.
+  int num_payloads() const { return num_payloads_; }
+  /// Of every process from now on.
+  void room_of_outboxes(std::size_t bytes) { room_ = bytes; }
   const actors::scheduler_local& scheduler_handle() const { return scheduler_; }
 
 private:
@@ -329,7 +350,8 @@ private:
 
   /// Delivers boundaries to the addressed incarnation, or to nobody.
   struct wire final : actors::frame_sink {
-    explicit wire(pipeline& p) : owner(p) {}
+    wire(pipeline& p, std::uint32_t stage, std::uint64_t life)
+      : owner(p), from(stage), incarnation(life) {}
     void send(const actors::frame_target& to, proto::FrameHeader header,
               transport::payload_view payload) override {
       auto index = header.actor_index();
@@ -339,12 +361,17 @@ private:
         return;
       auto frame = std::make_shared<transport::frame>();
       frame->header = std::move(header);
+      frame->header.set_sender(owner.view_.workers(static_cast<int>(from)).plan().name());
+      frame->header.set_sender_incarnation(incarnation);
+      owner.num_payloads_ += payload.bytes.empty() ? 0 : 1;
       transport::buffer_pool buffers(1 << 20);
       frame->payload = std::move(*buffers.take(payload.bytes.size()));
       std::memcpy(frame->payload.data(), payload.bytes.data(), payload.bytes.size());
       caf::anon_send(owner.stages_[index], actors::frame_ptr(std::move(frame)));
     }
     pipeline& owner;
+    std::uint32_t from;
+    std::uint64_t incarnation;
   };
 
   void start_stage(std::uint32_t i) {
@@ -352,10 +379,16 @@ private:
     w->set_incarnation(w->incarnation() + 1);
     w->set_state(proto::RUNNING);
     alive_[i] = std::make_shared<bool>(true);
-    auto compute =
-      system.spawn(fake_compute, i == 0, i + 1 == num_stages_, kv_[i], fails_, alive_[i]);
-    stages_[i] =
-      system.spawn<actors::stage>(0U, i, num_stages_, 1U, std::make_shared<wire>(*this), compute);
+    hand_overs_.resize(num_stages_);
+    cut_.resize(num_stages_);
+    cut_[i] = std::make_shared<bool>(false);
+    hand_overs_[i] = std::make_shared<test::fake_hand_over>(
+      blocks_, "stage-" + std::to_string(i), w->incarnation(), sizeof(std::int32_t), room_,
+      [cut = cut_[i]] { return *cut; });
+    auto compute = system.spawn(fake_compute, i == 0, i + 1 == num_stages_, kv_[i], fails_,
+                                alive_[i], hand_overs_[i]);
+    stages_[i] = system.spawn<actors::stage>(
+      0U, i, num_stages_, 1U, std::make_shared<wire>(*this, i, w->incarnation()), compute);
     links_[i] = system.spawn(connection, stages_[i], lost_);
   }
 
@@ -376,6 +409,11 @@ private:
   std::shared_ptr<client_log> log_ = std::make_shared<client_log>();
   std::shared_ptr<failures> fails_ = std::make_shared<failures>();
   std::shared_ptr<losses> lost_ = std::make_shared<losses>();
+  std::shared_ptr<test::fake_blocks> blocks_ = std::make_shared<test::fake_blocks>();
+  std::vector<std::shared_ptr<test::fake_hand_over>> hand_overs_; ///< by stage
+  std::vector<std::shared_ptr<bool>> cut_;                        ///< likewise
+  std::size_t room_ = 1 << 20;
+  int num_payloads_ = 0;
   actors::scheduler_client client_;
   actors::scheduler_local scheduler_;
 };
@@ -578,16 +616,102 @@ TEST_CASE("a replica that is given up fails what it has and what comes, with the
   CHECK(p.log().errors.count(2) == 1);
 }
 
+TEST_CASE("rows stay on the device where both stages are on GPUs of one node, and only there") {
+  for (std::string device : {"cpu:0", "cuda:0"}) {
+    CAPTURE(device);
+    bool stay = device == "cuda:0";
+    pipeline p(3, 64, device);
+    p.run();
+    p.submit(1, {1, 2, 3}, 8);
+    p.run();
+    CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 8));
+    CHECK(p.blocks().num_fetched == (stay ? 16 : 0));
+    CHECK(p.num_payloads() == (stay ? 0 : 16));
+    CHECK(p.num_left(0) <= 1); // the last step is dropped with the next one
+    p.move(2, "node-1");
+    p.submit(2, {4, 5}, 8);
+    p.run();
+    CHECK(p.log().tokens.at(2) == expected_tokens({4, 5}, 8));
+    CHECK(p.blocks().num_fetched == (stay ? 24 : 0));
+    CHECK(p.num_payloads() == (stay ? 8 : 32));
+    CHECK(p.blocks().num_gone == 0);
+  }
+}
+
+TEST_CASE("a stage that cannot map its predecessor's memory is given the rows by the host") {
+  pipeline p(2, 64, "cuda:0");
+  p.cut_from_devices(1);
+  p.run();
+  p.submit(1, {1, 2, 3}, 8);
+  p.run();
+  CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 8));
+  CHECK(p.log().errors.empty());
+  CHECK(p.blocks().num_fetched == 0);
+  CHECK(p.num_payloads() == 8); // asked for once, by the host ever since
+  // Its successor is another process, which can.
+  p.kill(1);
+  p.restart(1);
+  p.submit(2, {4, 5}, 8);
+  p.run();
+  CHECK(p.log().tokens.at(2) == expected_tokens({4, 5}, 8));
+  CHECK(p.blocks().num_fetched == 8);
+}
+
+TEST_CASE("an outbox without room leaves rows to the host") {
+  pipeline p(2, 64, "cuda:0");
+  p.run();
+  p.room_of_outboxes(256); // of the lowest ticket
+  p.kill(0);
+  p.restart(0);
+  p.submit(1, {1, 2, 3}, 8);
+  p.run();
+  CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 8));
+  CHECK(p.blocks().num_fetched == 0);
+  CHECK(p.num_payloads() == 8);
+}
+
+TEST_CASE("rows that a stage has left are there for its successor's successor, on any host") {
+  for (bool moves : {false, true}) {
+    CAPTURE(moves);
+    pipeline p(2, 64, "cuda:0");
+    p.run();
+    p.kill(1);
+    p.submit(1, {1, 2, 3}, 1);
+    p.run();
+    p.restart(1);
+    p.run();
+    CHECK(p.log().tokens.at(1) == expected_tokens({1, 2, 3}, 1));
+    p.submit(2, {4, 5, 6}, 6);
+    std::mt19937_64 random(1);
+    while (p.num_left(0) == 0)
+      REQUIRE(p.run_one(random));
+    auto fetched = p.blocks().num_fetched;
+    p.kill(1);
+    if (moves)
+      p.move(1, "node-1");
+    p.restart(1);
+    p.run();
+    CHECK(p.log().tokens.at(2) == expected_tokens({4, 5, 6}, 6));
+    CHECK((p.blocks().num_fetched == fetched) == moves);
+    CHECK(p.log().errors.empty());
+  }
+}
+
 TEST_CASE("any order of messages, losses and deaths gives every token once and the right one",
           "[seeds]") {
-  for (std::uint64_t seed = 1; seed <= 1500; ++seed) {
+  int num_fetched = 0;
+  int num_gone = 0;
+  for (std::uint64_t seed = 1; seed <= 2500; ++seed) {
     CAPTURE(seed);
+    bool on_devices = seed > 1500;
     std::mt19937_64 random(seed);
     auto pick = [&](std::uint64_t n) {
       return std::uniform_int_distribution<std::uint64_t>(0, n - 1)(random);
     };
     auto num_stages = static_cast<std::uint32_t>(1 + seed % 3);
-    pipeline p(num_stages, 24);
+    pipeline p(num_stages, 24, on_devices ? "cuda:0" : "cpu:0");
+    if (seed % 2 == 0)
+      p.room_of_outboxes(256 * 4); // too little now and then
     std::map<schedule::request_id, std::vector<std::int32_t>> prompts;
     std::set<schedule::request_id> cancelled;
     constexpr schedule::request_id num_requests = 8;
@@ -617,6 +741,10 @@ TEST_CASE("any order of messages, losses and deaths gives every token once and t
         p.damage_page();
       }
       for (std::uint32_t i = 0; i < num_stages; ++i) {
+        if (on_devices && pick(2000) == 0)
+          p.cut_from_devices(i);
+        if (on_devices && pick(2000) == 0)
+          p.move(i, pick(2) == 0 ? "node-0" : "node-1");
         if (p.is_lost(i) && pick(30) == 0)
           p.restart(i);
         else if (!p.is_lost(i) && deaths > 0 && pick(60) == 0) {
@@ -641,5 +769,10 @@ TEST_CASE("any order of messages, losses and deaths gives every token once and t
       REQUIRE(got == right);
     }
     REQUIRE(p.log().errors.empty());
+    num_fetched += p.blocks().num_fetched;
+    num_gone += p.blocks().num_gone;
+    REQUIRE((on_devices || p.blocks().num_fetched == 0));
   }
+  CHECK(num_fetched > 10'000);
+  CHECK(num_gone > 10);
 }

@@ -19,6 +19,8 @@ using event_atom = caf::atom_constant<caf::atom("event")>;
 namespace {
 
 constexpr std::uint32_t num_pages = 24;
+/// Of a stage's outbox: now and then too little.
+constexpr std::size_t outbox_room = 6 * actors::boundary_outbox::alignment;
 constexpr auto redial_interval = 200ms;
 constexpr auto dial_timeout = 2000ms;
 
@@ -57,25 +59,39 @@ caf::behavior link(caf::event_based_actor* self, simulated_cluster* c, process_p
           [=](const micro_batch_failed& failed) { hand_on(*scheduler, failed); }};
 }
 
-actors::stage_compute_actor::behavior_type computing(actors::stage_compute_actor::pointer self,
-                                                     simulated_cluster* c, process_ptr process,
-                                                     bool is_first, bool is_last,
-                                                     std::shared_ptr<simulated_kv> kv) {
+/// A stage's device: takes its time, and is at work until its stage has the result.
+using computing_actor =
+  actors::stage_compute_actor::extend<caf::reacts_to<actors::stage_local, actors::stage_result>>;
+
+computing_actor::behavior_type computing(computing_actor::pointer self, simulated_cluster* c,
+                                         process_ptr process,
+                                         std::pair<std::uint32_t, std::uint32_t> who, bool is_first,
+                                         bool is_last, std::shared_ptr<simulated_kv> kv,
+                                         std::shared_ptr<fake_hand_over> rows) {
   return {[=](const actors::stage_work& work) {
-    if (!process->alive)
-      return;
-    transport::buffer_pool buffers(1 << 20);
-    std::optional<std::string> wrong;
-    auto result = compute(work, is_first, is_last, *kv, buffers, wrong);
-    if (wrong)
-      c->fail(fmt::format("{}: {}", process->name, *wrong));
-    auto stage = caf::actor_cast<actors::stage_local>(self->current_sender());
-    auto luck = c->pick(100);
-    if (luck < 10)
-      self->delayed_send(stage, c->some_time(luck == 0 ? 700ms : 30ms), std::move(result));
-    else
-      self->send(stage, std::move(result));
-  }};
+            if (!process->alive)
+              return;
+            transport::buffer_pool buffers(1 << 20);
+            std::optional<std::string> wrong;
+            auto& in_work = process->in_work[who];
+            in_work = {kv, {}};
+            auto result = rows->work(work, [&](const actors::stage_work& whole) {
+              return compute(whole, is_first, is_last, *kv, buffers, wrong, in_work.values);
+            });
+            if (wrong)
+              c->fail(fmt::format("{}: {}", process->name, *wrong));
+            auto stage = caf::actor_cast<actors::stage_local>(self->current_sender());
+            auto luck = c->pick(100);
+            if (luck < 10)
+              self->delayed_send(self, c->some_time(luck == 0 ? 700ms : 30ms), stage,
+                                 std::move(result));
+            else
+              self->send(self, stage, std::move(result));
+          },
+          [=](const actors::stage_local& stage, const actors::stage_result& result) {
+            process->in_work.erase(who);
+            self->send(stage, result);
+          }};
 }
 
 caf::behavior timer(caf::event_based_actor*, std::deque<std::uint64_t>* due) {
@@ -92,11 +108,15 @@ struct simulated_cluster::wire final : actors::frame_sink {
             transport::payload_view payload) override {
     if (!from->alive)
       return;
-    auto& newest = c.sent_epochs_[{fmt::format("pid {}", from->pid), header.actor_index()}];
-    if (header.epoch() < newest)
-      c.fail(fmt::format("{} sends a boundary in epoch {} after {}", from->name, header.epoch(),
-                         newest));
-    newest = header.epoch();
+    header.set_sender(from->name);
+    header.set_sender_incarnation(from->incarnation);
+    if (header.kind() == proto::BOUNDARY) {
+      auto& newest = c.sent_epochs_[{fmt::format("pid {}", from->pid), header.actor_index()}];
+      if (header.epoch() < newest)
+        c.fail(fmt::format("{} sends a boundary in epoch {} after {}", from->name, header.epoch(),
+                           newest));
+      newest = header.epoch();
+    }
     auto process = c.find_process(to.worker, to.incarnation);
     milliseconds again{};
     bool is_away = process && process->node != from->node
@@ -250,6 +270,7 @@ simulated_cluster::simulated_cluster(const simulation_options& options, std::uin
       auto* w = plan_.add_workers();
       w->set_node(fmt::format("node-{}", n));
       w->set_name(fmt::format("node-{}/worker-{}", n, d));
+      w->set_device(fmt::format("{}:{}", options.on_gpus ? "cuda" : "cpu", d));
       auto num_stages = options.num_replicas * options.num_stages;
       auto num_workers = options.num_devices * options.num_nodes;
       // What does not find a worker of its own shares one.
@@ -477,7 +498,11 @@ void simulated_cluster::start_stages(const process_ptr& p,
     }
     bool is_first = actor.index() == 0;
     bool is_last = actor.index() + 1 == plan_.num_stages();
-    auto compute = track(system.spawn(computing, this, p, is_first, is_last, kv));
+    auto rows = std::make_shared<fake_hand_over>(p->node->blocks(), p->name + "/" + actor.id(),
+                                                 p->incarnation, sizeof(std::uint64_t), outbox_room,
+                                                 [this] { return pick(500) == 0; });
+    auto compute = track(system.spawn(computing, this, p, std::pair{actor.replica(), actor.index()},
+                                      is_first, is_last, kv, rows));
     p->stages[{actor.replica(), actor.index()}] =
       track(system.spawn<actors::stage>(actor.replica(), actor.index(), plan_.num_stages(), 1U,
                                         std::make_shared<wire>(*this, p), compute));

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "deterministic.hpp"
+#include "fake_boundary.hpp"
 #include "simulated_model.hpp"
 
 #include "troupe/actors/cluster_supervisor.hpp"
@@ -31,6 +32,7 @@ struct simulation_options {
   std::uint32_t num_stages = 2;
   std::uint32_t num_replicas = 1;
   std::uint32_t num_standbys = 0; ///< of each node
+  bool on_gpus = false;           ///< hidden rows stay there where they can; deaths take their time
   std::uint32_t max_restarts = 1000;
   double loss = 0;     ///< chance that a message of the data path is lost
   double repeat = 0;   ///< chance that it comes again late
@@ -51,6 +53,8 @@ struct simulated_process {
   caf::actor root;
   std::map<std::pair<std::uint32_t, std::uint32_t>, actors::stage_local> stages; ///< replica, index
   std::vector<caf::actor> links;                                                 ///< to schedulers
+  /// What its device is writing, by stage: done when the process dies, or some time after.
+  std::map<std::pair<std::uint32_t, std::uint32_t>, simulated_writes> in_work;
 };
 using process_ptr = std::shared_ptr<simulated_process>;
 
@@ -69,6 +73,7 @@ public:
   const std::shared_ptr<bool>& cut() const { return cut_; }
   const caf::actor& connection() const { return controller_; }
   std::shared_ptr<simulated_kv> kv(const std::string& actor) const;
+  const std::shared_ptr<fake_blocks>& blocks() const { return blocks_; }
 
   caf::actor handle;
   bool is_dead = false;
@@ -82,7 +87,7 @@ private:
   };
 
   void dial();
-  void exited(std::uint32_t pid, bool by_pulse);
+  void exited(std::uint32_t pid, bool by_pulse, bool is_gone);
 
   void carry_out(policy::effects todo);
   void carry_out(const policy::start_process& what);
@@ -104,6 +109,7 @@ private:
   policy policy_;
   std::map<std::string, child> children_; ///< by the policy's name for the process
   std::map<std::string, std::shared_ptr<simulated_kv>> kv_;
+  std::shared_ptr<fake_blocks> blocks_ = std::make_shared<fake_blocks>(); ///< of its keepers
 };
 
 /// What requests have come to.
@@ -139,7 +145,8 @@ public:
   void kill_node(std::uint32_t i);
   simulated_node* node(std::uint32_t i) { return nodes_[i].get(); } ///< null: dead
   std::uint32_t num_nodes() const { return static_cast<std::uint32_t>(nodes_.size()); }
-  /// `noticed`: when its node sees it; killed by its node for its pulse if `by_pulse`.
+  /// `noticed`: when its node sees it; killed by its node for its pulse if `by_pulse`. It is gone
+  /// some time later, and what its device had in work is written once more before that.
   void kill(const process_ptr& process, milliseconds noticed, bool by_pulse);
   void break_connection(const caf::actor& connection);
   void break_a_link();

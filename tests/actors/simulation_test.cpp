@@ -26,10 +26,12 @@ constexpr auto patience = 60s;
 constexpr int max_steps = 500000;
 
 struct scenario {
-  explicit scenario(std::uint64_t seed) : dice(seed), options(draw()), cluster(options, dice()) {}
+  explicit scenario(std::uint64_t seed)
+    : dice(seed), options(draw(seed)), cluster(options, dice()) {}
 
-  simulation_options draw() {
+  simulation_options draw(std::uint64_t seed) {
     simulation_options o;
+    o.on_gpus = seed % 2 == 0;
     o.num_nodes = static_cast<std::uint32_t>(1 + pick(3));
     o.num_devices = static_cast<std::uint32_t>(1 + pick(2));
     o.num_stages = static_cast<std::uint32_t>(1 + pick(3));

@@ -1,5 +1,6 @@
 #include "../model/tiny_checkpoint.hpp"
 #include "deterministic.hpp"
+#include "fake_boundary.hpp"
 
 #include "troupe/actors/stage.hpp"
 #include "troupe/actors/worker_parts.hpp"
@@ -11,6 +12,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <iostream>
 #include <memory>
@@ -59,7 +61,7 @@ private:
 
 class worker_fixture : public test::deterministic_system {
 public:
-  explicit worker_fixture(std::uint32_t end_layer = 2) {
+  explicit worker_fixture(std::uint32_t end_layer = 2, std::uint32_t first_layer = 0) {
     model::test::write_file(model_.path() / "config.json", model::test::tiny_config().dump());
     auto config = model::load_model_config(model_.path());
     REQUIRE(config);
@@ -74,6 +76,7 @@ public:
     auto* actor = assignment_.add_actors();
     actor->set_id("replica-0/stage-0");
     actor->set_kind(proto::STAGE);
+    actor->set_first_layer(first_layer);
     actor->set_end_layer(end_layer);
     auto* kv = assignment_.add_kv();
     kv->set_actor(actor->id());
@@ -99,12 +102,45 @@ public:
       FAIL(parts.error().text());
     parts_ = *parts;
     auto& s = parts_->stages.at(0);
-    compute_ = system.spawn<stage_compute>(s.ops, s.model, s.experts, parts_->plane->buffers(),
-                                           stage_traits{s.plan.id(), s.pulse, false, s.seals});
+    stage_traits traits{s.plan.id(), s.pulse, false, s.seals, nullptr, nullptr};
+    if (blocks_) {
+      traits.boundary = std::make_shared<test::fake_boundary>(blocks_, "a/boundary", 4,
+                                                              [this] { return cannot_map; });
+      proto::DevicePlace block;
+      block.set_block("a/boundary");
+      block.set_block_bytes(1 << 16);
+      traits.outbox = outbox =
+        std::make_shared<boundary_outbox>(traits.boundary, block, incarnation_, 4);
+    }
+    compute_ =
+      system.spawn<stage_compute>(s.ops, s.model, s.experts, parts_->plane->buffers(), traits);
+  }
+
+  /// From now on hidden rows may stay on the "device", whose memory this is.
+  void use_device(std::shared_ptr<test::fake_blocks> blocks) {
+    blocks_ = std::move(blocks);
+    restart();
+  }
+
+  std::shared_ptr<boundary_outbox> outbox;
+  bool cannot_map = false;
+
+  stage_result work(stage_work what) {
+    self->send(compute_, std::move(what));
+    run();
+    stage_result result;
+    self->receive([&](const stage_result& r) { result = r; });
+    return result;
   }
 
   /// Computes the positions from `first` of a sequence of these tokens; its pages are 3, 4, ...
-  stage_result compute(std::uint32_t first, const std::vector<std::int32_t>& log) {
+  stage_result compute(std::uint32_t first, const std::vector<std::int32_t>& log,
+                       frame_ptr input = nullptr, bool stays = false) {
+    return work({batch_of(first, log), std::move(input), stays});
+  }
+
+  static std::shared_ptr<proto::RunMicroBatch> batch_of(std::uint32_t first,
+                                                        const std::vector<std::int32_t>& log) {
     auto batch = std::make_shared<proto::RunMicroBatch>();
     batch->set_step(7);
     auto end = static_cast<std::uint32_t>(log.size());
@@ -120,11 +156,7 @@ public:
     o->set_row(end - first - 1);
     o->set_target(-1);
     o->set_position(end);
-    self->send(compute_, stage_work{batch, nullptr});
-    run();
-    stage_result result;
-    self->receive([&](const stage_result& r) { result = r; });
-    return result;
+    return batch;
   }
 
   /// `count` greedy tokens behind a prompt.
@@ -151,8 +183,26 @@ private:
   proto::WorkerAssignment assignment_;
   std::shared_ptr<worker_parts> parts_;
   std::uint64_t incarnation_ = 0;
+  std::shared_ptr<test::fake_blocks> blocks_;
   stage_compute_actor compute_;
 };
+
+/// A boundary as it arrives.
+frame_ptr frame_of(const stage_result& result, std::size_t num_rows, std::size_t num_cols) {
+  auto frame = std::make_shared<transport::frame>();
+  frame->header.set_kind(proto::BOUNDARY);
+  frame->header.set_sender("node-0/worker-0");
+  frame->header.set_num_rows(static_cast<std::uint32_t>(num_rows));
+  frame->header.set_num_cols(static_cast<std::uint32_t>(num_cols));
+  if (result.left) {
+    *frame->header.mutable_place() = result.left->place;
+  } else {
+    transport::buffer_pool pool(1 << 20);
+    frame->payload = std::move(*pool.take(result.output->size()));
+    std::memcpy(frame->payload.data(), result.output->data(), result.output->size());
+  }
+  return frame;
+}
 
 const std::vector<std::int32_t> prompt{3, 9, 4, 1, 17, 30, 2, 8, 11};
 
@@ -186,6 +236,87 @@ TEST_CASE("memory that runs out for a result fails the step and not the process"
   CHECK_FALSE(result.failure);
   REQUIRE(result.output);
   CHECK(result.output->size() == prompt.size() * 12 * 4);
+}
+
+TEST_CASE(
+  "hidden rows that stay on the device are the same rows, and come to the host when asked") {
+  worker_fixture whole;
+  auto right = whole.generate(prompt, 1).back();
+  auto blocks = std::make_shared<test::fake_blocks>();
+  worker_fixture first(1);
+  worker_fixture last(2, 1);
+  auto by_host = first.compute(0, prompt);
+  REQUIRE(by_host.output);
+  CHECK_FALSE(by_host.left);
+  auto done = last.compute(0, prompt, frame_of(by_host, prompt.size(), 12));
+  REQUIRE(done.done);
+  CHECK(done.done->tokens(0) == right);
+
+  first.use_device(blocks);
+  auto stayed = first.compute(0, prompt, nullptr, true);
+  REQUIRE(stayed.left);
+  CHECK_FALSE(stayed.output);
+  CHECK_FALSE(stayed.is_copy);
+  CHECK(first.outbox->num_left() == 1);
+  auto frame = frame_of(stayed, prompt.size(), 12);
+  auto refused = last.compute(0, prompt, frame); // it knows no device
+  REQUIRE(refused.failure);
+  CHECK(refused.input_is_lost);
+  CHECK(refused.failure->code == error_code::unavailable);
+  last.use_device(blocks);
+  for (int i = 0; i < 2; ++i) {
+    done = last.compute(0, prompt, frame);
+    REQUIRE(done.done);
+    CHECK(done.done->tokens(0) == right);
+  }
+  last.cannot_map = true;
+  CHECK(last.compute(0, prompt, frame).input_is_lost);
+  last.cannot_map = false;
+
+  auto copy = first.work({first.batch_of(0, prompt), nullptr, false, stayed.left});
+  CHECK(copy.is_copy);
+  REQUIRE(copy.output);
+  REQUIRE(copy.output->size() == by_host.output->size());
+  CHECK(std::memcmp(copy.output->data(), by_host.output->data(), copy.output->size()) == 0);
+
+  // Other rows have taken their place: they are never taken for the right ones.
+  stayed = {};
+  copy = {};
+  while (blocks->at.at("a/boundary").oldest <= frame->header.place().ticket())
+    REQUIRE(first.compute(0, {5, 6, 7, 8, 9, 10}, nullptr, true).left);
+  auto gone = last.compute(0, prompt, frame);
+  CHECK(gone.input_is_lost);
+  REQUIRE(gone.failure);
+  CHECK(gone.failure->code == error_code::stale_epoch);
+  CHECK_FALSE(gone.done);
+  // A header that does not fit is a failure like any other.
+  auto wrong = last.compute(0, prompt,
+                            frame_of(stayed.left ? stayed : first.compute(0, prompt, nullptr, true),
+                                     prompt.size() - 1, 12));
+  REQUIRE(wrong.failure);
+  CHECK_FALSE(wrong.input_is_lost);
+}
+
+TEST_CASE("an outbox without room, or memory that runs out for a copy, costs the process nothing") {
+  worker_fixture first(1);
+  first.use_device(std::make_shared<test::fake_blocks>());
+  std::vector<std::shared_ptr<const left_rows>> kept;
+  for (;;) {
+    auto result = first.compute(0, prompt, nullptr, true);
+    REQUIRE_FALSE(result.failure);
+    if (result.output)
+      break;
+    kept.push_back(result.left);
+    REQUIRE(kept.size() < 1000);
+  }
+  CHECK(kept.size() == ((1 << 16) - 256) / 512); // 9 rows of 48 bytes: two units each
+  drill d(faults::point::allocation, faults::kind::fail);
+  auto copy = first.work({first.batch_of(0, prompt), nullptr, false, kept.front()});
+  CHECK(copy.is_copy);
+  CHECK_FALSE(copy.output);
+  kept.clear();
+  CHECK(first.outbox->num_left() == 0);
+  CHECK(first.compute(0, prompt, nullptr, true).left);
 }
 
 TEST_CASE("a bit that flips in a KV page is found, and the token log gives the same tokens again") {

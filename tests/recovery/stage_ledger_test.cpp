@@ -173,6 +173,36 @@ TEST_CASE("another attempt waits for its input to come again, in whichever order
   CHECK(ledger.input(1, 1)); // each failure asks for it anew
 }
 
+TEST_CASE("a step whose input cannot be had waits for another and holds up no other") {
+  stage_ledger ledger(false, true);
+  REQUIRE(ledger.run(1, 1, 1));
+  REQUIRE(ledger.run(1, 2, 1));
+  REQUIRE(ledger.input(1, 1));
+  CHECK(drain(ledger) == actions{{kind::compute, 1}});
+  REQUIRE(ledger.input(1, 2));
+  ledger.input_lost(1);
+  CHECK(drain(ledger) == actions{{kind::compute, 2}}); // and nothing is reported
+  ledger.computed(2);
+  CHECK(drain(ledger) == actions{{kind::report, 2}});
+  SECTION("it comes") {
+    CHECK(ledger.input(1, 1));
+    CHECK_FALSE(ledger.input(1, 1));
+    CHECK(drain(ledger) == actions{{kind::compute, 1}});
+    ledger.input_lost(1); // neither
+    CHECK(drain(ledger).empty());
+    CHECK(ledger.input(1, 1));
+    CHECK(drain(ledger) == actions{{kind::compute, 1}});
+    ledger.computed(1);
+    CHECK(drain(ledger) == actions{{kind::report, 1}});
+  }
+  SECTION("the step is complete elsewhere") {
+    REQUIRE(ledger.run(1, 3, 3));
+    CHECK(drain(ledger) == actions{{kind::drop, 1}, {kind::drop, 2}});
+    ledger.input_lost(1); // of a step that is not known
+    CHECK(ledger.size() == 1);
+  }
+}
+
 TEST_CASE("a step whose input never comes does not hold up the others") {
   stage_ledger ledger(false, true);
   REQUIRE(ledger.run(1, 1, 1));
@@ -314,7 +344,10 @@ private:
     s.computing.reset();
     if (failures_ > 0 && pick(10) == 0) {
       --failures_;
-      s.ledger.compute_failed(step);
+      if (i > 0 && pick(2) == 0)
+        s.ledger.input_lost(step);
+      else
+        s.ledger.compute_failed(step);
       return;
     }
     if (!s.computed_in_this_life.insert(step).second)

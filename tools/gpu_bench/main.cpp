@@ -6,13 +6,14 @@
 #include <random>
 #include <string>
 
+#include "boundary.hpp"
 #include "ranks.hpp"
 #include "step.hpp"
 #include "timing.hpp"
 
 /// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
 /// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step
-/// ranks load.
+/// ranks load; or boundary, alone.
 
 namespace gpu_bench {
 
@@ -261,6 +262,9 @@ void bench_sample(gpu_ops& ops) {
 }
 
 int run(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "boundary") == 0) {
+    return bench_boundary();
+  }
   std::string error;
   const auto ops = cuda::num_devices() > 0 ? cuda::make_cuda_ops(0, error) : nullptr;
   if (ops == nullptr) {
