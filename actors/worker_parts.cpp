@@ -75,6 +75,12 @@ struct loader {
       s.pulse);
   }
 
+  /// The first worker that has these weights on a GPU finds out whether there is memory for all it
+  /// will do. Its successors have as much, and no time.
+  bool wants_rehearsal(const kernels::ops& ops) const {
+    return !gpus.empty() && ops.reads_of_weights() != kernels::weight_reading::shapes;
+  }
+
   /// Before anything is read: whether the GPUs are large enough and, where nothing is kept yet that
   /// would be used again, whether enough of them is free.
   expected<void> check_memory() const {
@@ -98,8 +104,7 @@ struct loader {
     if (is_free)
       return {};
     return fail(error_code::resource_exhausted,
-                fmt::format("{} needs {:.2f} GB ({}), and of its {:.1f} GB {:.1f} GB are in use",
-                            device.name(), static_cast<double>(need.total()) / 1e9,
+                fmt::format("{} needs {}, and of its {:.1f} GB {:.1f} GB are in use", device.name(),
                             placement::describe(need), static_cast<double>(memory->total) / 1e9,
                             static_cast<double>(others) / 1e9),
                 "nvidia-smi shows who uses it");
@@ -167,9 +172,10 @@ struct loader {
         if (!model)
           return expected<void>(tl::unexpected(model.error()));
         made = std::move(*model);
-        return gpus.empty() ? expected<void>()
-                            : made->rehearse(static_cast<std::int32_t>(plan().kv_pages()),
-                                             static_cast<std::int32_t>(plan().page_tokens()));
+        if (!wants_rehearsal(*used))
+          return expected<void>();
+        return made->rehearse(static_cast<std::int32_t>(plan().kv_pages()),
+                              static_cast<std::int32_t>(plan().page_tokens()));
       };
       auto threads = plan().compute_threads() / static_cast<std::uint32_t>(num_ranks());
       auto loaded = gpus.empty()
@@ -286,9 +292,10 @@ struct loader {
       if (!experts)
         return expected<void>(tl::unexpected(experts.error()));
       g.experts = std::move(*experts);
-      return !gpus.empty() ? g.experts->rehearse(
-               static_cast<std::int32_t>(plan().max_batch_tokens()), config.num_experts_per_token)
-                           : expected<void>();
+      if (!wants_rehearsal(*g.ops))
+        return expected<void>();
+      return g.experts->rehearse(static_cast<std::int32_t>(plan().max_batch_tokens()),
+                                 config.num_experts_per_token);
     });
     if (!loaded)
       return loaded;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -82,7 +83,18 @@ expected<void> stage_model::rehearse_step(std::int32_t num_rows, std::int32_t ta
   const auto view = hidden_.view(num_rows);
   if (!is_first())
     ops_.copy_from_host(input.hidden, view);
-  const auto compute = [&] { return compute_layers(input, view); };
+  // One layer of each kind: what they take is the same for all.
+  const auto compute = [&]() -> expected<void> {
+    if (is_first())
+      ops_.embed(*weights_.embedding, input.tokens, view);
+    bool is_known[2] = {false, false};
+    for (auto layer = options_.first_layer; layer < options_.end_layer; ++layer)
+      if (!std::exchange(is_known[config_.is_moe_layer(layer) ? 1 : 0], true))
+        if (auto ok = compute_layer(layer - options_.first_layer, view, input.batch, input.experts);
+            !ok)
+          return ok;
+    return {};
+  };
   if (auto ok = compute_step(step_id_, input.tokens, input.batch, input.experts, std::ref(compute));
       !ok)
     return ok;

@@ -44,7 +44,7 @@ std::string describe(const device_need& need) {
   add("scratch", need.scratch);
   add("recorded steps", need.graphs);
   add("contexts", need.contexts);
-  return text;
+  return fmt::format("{} ({})", gigabytes(need.total()), text);
 }
 
 expected<void> check_device(const std::string& device, const device_need& need,
@@ -54,12 +54,12 @@ expected<void> check_device(const std::string& device, const device_need& need,
   std::string cure;
   if (const auto fit = tokens_that_fit(need, available, kv_tokens); fit > 0)
     cure = fmt::format("write serving.kv_tokens: {} or less (it is {}), or ", fit, kv_tokens);
-  cure += "use more GPUs (parallel.pipeline, parallel.expert_groups), or a model in FP8 or INT8";
+  cure += "use more GPUs (parallel.tensor, parallel.pipeline, parallel.expert_groups), or a model "
+          "with narrower weights (FP8, INT8)";
   if (need.scratch > available / 10)
     cure += ", or lower serving.max_batch_tokens";
   return fail(error_code::invalid_config,
-              fmt::format("{} needs {} ({}) and has {}", device, gigabytes(need.total()),
-                          describe(need), gigabytes(available)),
+              fmt::format("{} needs {} and has {}", device, describe(need), gigabytes(available)),
               std::move(cure));
 }
 

@@ -35,7 +35,7 @@ constexpr std::uint64_t graph_bytes(std::uint64_t num_layers) {
 expected<void> check_device(const std::string& device, const device_need& need,
                             std::uint64_t available, std::uint32_t kv_tokens);
 
-/// "weights 41.2 GB, KV pages 9.4 GB, ..."; kinds of which there is nothing are left out.
+/// "52.1 GB (weights 41.2 GB, KV pages 9.4 GB, ...)"; kinds of which there is nothing are left out.
 std::string describe(const device_need& need);
 
 } // namespace troupe::placement

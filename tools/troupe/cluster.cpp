@@ -1,6 +1,7 @@
 #include "commands.hpp"
 
 #include "troupe/actors/cluster_plan.hpp"
+#include "troupe/actors/device_needs.hpp"
 #include "troupe/actors/runtime.hpp"
 #include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
@@ -207,6 +208,8 @@ void add_plan(CLI::App& app, command& run) {
       if (!placed)
         return complain(placed.error());
       fmt::print("{}", placement::describe(*placed));
+      for (const auto& gpu : actors::device_needs(*checked, *model))
+        fmt::print("{} of {} is to hold {}\n", gpu.device, gpu.node, placement::describe(gpu.need));
       std::map<std::string, std::uint64_t> memory;
       for (const auto& node : config->nodes)
         if (node.launch == config::launch_mode::local)
