@@ -17,10 +17,7 @@ using namespace std::chrono_literals;
 
 namespace {
 
-/// Returned by the process when one of its actors is gone.
-constexpr int exit_restart = 3;
-
-/// The same when it could not load what it was asked to.
+/// Returned by the process when it could not load what it was asked to.
 constexpr int exit_cannot_load = 4;
 
 /// The same when another process has taken its place.
