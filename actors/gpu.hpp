@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/base/error.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/pulse_page.hpp"
@@ -39,6 +40,9 @@ public:
   using loading = std::function<expected<void>(std::shared_ptr<kernels::ops>)>;
   virtual expected<void> load(const std::string& actor, const std::string& content,
                               const memory::activity& pulse, const loading& load) = 0;
+
+  /// How operations that `load` was called with wait for this GPU, as long as they live.
+  virtual device_waits waits_of(kernels::ops& loaded) const = 0;
 };
 
 struct keeper_options {

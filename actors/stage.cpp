@@ -20,6 +20,17 @@ namespace {
 /// The process that schedulers live in.
 constexpr const char* frontend_name = "frontend";
 
+/// What a device has to do for a step.
+recovery::step_size size_of(const proto::RunMicroBatch& batch) {
+  recovery::step_size size;
+  for (int s = 0; s < std::min(batch.first_positions_size(), batch.row_counts_size()); ++s) {
+    std::uint64_t rows = batch.row_counts(s);
+    size.num_rows += batch.row_counts(s);
+    size.num_positions += rows * (batch.first_positions(s) + rows);
+  }
+  return size;
+}
+
 /// Spoils one value of `rows` as a drill asks.
 void spoil(kernels::ops& ops, const kernels::rows_view& rows, const faults::fault& what) {
   auto element = kernels::size_of(ops.activation_type());
@@ -172,8 +183,12 @@ stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
+    if (traits_.watch)
+      traits_.watch->begin(size_of(*work.batch));
     suffer_computing(*ops_, traits_.actor);
     auto result = work_on(work);
+    if (traits_.watch)
+      traits_.watch->end();
     traits_.pulse.idle();
     if (!ops_->failure().empty()) {
       // Whatever came of it is worth nothing. The step is computed again by the next process.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/actors/expert_group.hpp"
 #include "troupe/actors/injected.hpp"
 #include "troupe/actors/remote_experts.hpp"
@@ -54,6 +55,7 @@ struct stage_traits {
   memory::activity pulse;                    ///< of its computing thread
   bool unprotected = false;                  ///< for measuring only: nothing is checked or kept
   std::shared_ptr<memory::page_seals> seals; ///< of its KV pages; null: they have none
+  std::shared_ptr<device_watch> watch;       ///< of its device; null: none
 };
 
 /// The computing half of a stage, in a thread of its own so that the stage can always answer.

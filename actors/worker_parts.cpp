@@ -88,6 +88,9 @@ struct loader {
       return loaded;
     if (auto attached = device ? map_kv(s) : attach_kv(s); !attached)
       return attached;
+    if (has_device_for_itself() && !plan().unprotected())
+      s.watch = std::make_shared<device_watch>(device->waits_of(*s.ops),
+                                               device_watch::end_process(actor.id()));
     if (!options.with_local_experts) {
       auto experts = connect_experts(s);
       if (!experts)
@@ -96,6 +99,19 @@ struct loader {
     }
     parts->stages.push_back(std::move(s));
     return {};
+  }
+
+  /// Who shares a device with somebody cannot know how long it takes.
+  bool has_device_for_itself() const {
+    std::string node;
+    for (const auto& worker : plan().workers())
+      if (worker.name() == assignment.name())
+        node = worker.node();
+    auto num_workers =
+      std::count_if(plan().workers().begin(), plan().workers().end(), [&](const auto& worker) {
+        return worker.node() == node && worker.device() == assignment.device();
+      });
+    return device && num_workers == 1 && assignment.actors_size() == 1;
   }
 
   std::size_t bytes_of_pages(const loaded_stage& s) const {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/actors/gpu.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/page_seals.hpp"
@@ -28,6 +29,7 @@ struct loaded_stage {
   std::shared_ptr<remote_experts> experts;   ///< null where the stage has its own
   memory::activity pulse;                    ///< of its computing thread
   std::shared_ptr<memory::page_seals> seals; ///< null where the KV memory has no room for them
+  std::shared_ptr<device_watch> watch;       ///< null where nobody can say what is too long
 };
 
 /// What an expert group computes with.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -38,6 +39,13 @@ class gpu_ops : public ops {
 public:
   /// Waits for everything that was queued.
   virtual void synchronise() = 0;
+
+  /// The wait for the GPU that is under way, each with another number; 0: there is none. For any
+  /// thread to look at.
+  virtual const std::atomic<std::uint64_t>& current_wait() const = 0;
+
+  /// The longest wait for the GPU since the last call.
+  virtual std::chrono::nanoseconds take_longest_wait() = 0;
 
   virtual device_memory memory() const = 0;
 
