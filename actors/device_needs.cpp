@@ -5,7 +5,6 @@
 #include "troupe/placement/plan.hpp"
 
 #include <algorithm>
-#include <set>
 
 #include <fmt/format.h>
 
@@ -83,12 +82,10 @@ device_need_of(const google::protobuf::RepeatedPtrField<proto::ActorPlan>& actor
 std::vector<planned_device> device_needs(const proto::ClusterPlan& plan,
                                          const model::model_config& model) {
   std::vector<planned_device> result;
-  std::set<std::pair<std::string, std::string>> of_nodes;
   for (const auto& worker : plan.workers()) {
     if (!worker.device().starts_with("cuda:"))
       continue;
     for (const auto& device : placement::devices_of(worker.device())) {
-      of_nodes.emplace(worker.node(), device);
       if (worker.actors().empty())
         continue;
       auto found = std::find_if(result.begin(), result.end(), [&](const auto& one) {
@@ -103,14 +100,9 @@ std::vector<planned_device> device_needs(const proto::ClusterPlan& plan,
       found->need.contexts += placement::context_bytes;
     }
   }
-  // Standbys are given the GPUs of every worker of a node in turn.
-  for (auto& one : result) {
-    const auto of_node = static_cast<std::uint32_t>(std::count_if(
-      of_nodes.begin(), of_nodes.end(), [&](auto& gpu) { return gpu.first == one.node; }));
-    one.need.contexts += placement::context_bytes
-                         * ((plan.standbys() * std::max(1U, plan.tensor_ranks()) + of_node - 1)
-                            / std::max(of_node, 1U));
-  }
+  // Standbys have contexts on all GPUs of their node.
+  for (auto& one : result)
+    one.need.contexts += placement::context_bytes * plan.standbys();
   return result;
 }
 

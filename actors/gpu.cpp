@@ -178,6 +178,11 @@ public:
     return fail(error_code::internal, fmt::format("{}: weights cannot be placed", actor));
   }
 
+  device_waits waits_of(kernels::ops& loaded) const override {
+    auto& ops = static_cast<kernels::cuda::gpu_ops&>(loaded);
+    return {&ops.current_wait(), [&ops] { return ops.take_longest_wait(); }};
+  }
+
 private:
   std::string name_;
   std::int32_t device_;

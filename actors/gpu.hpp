@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/base/error.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/pulse_page.hpp"
@@ -65,6 +66,9 @@ public:
   virtual expected<void> load(const std::string& actor, const std::string& content,
                               const gpu_rank& rank, const memory::activity& pulse,
                               const loading& load) = 0;
+
+  /// How operations that `load` was called with wait for this GPU, as long as they live.
+  virtual device_waits waits_of(kernels::ops& loaded) const = 0;
 };
 
 struct keeper_options {

@@ -1,5 +1,6 @@
 #include "troupe/actors/node_supervisor.hpp"
 
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/actors/dial.hpp"
 #include "troupe/actors/runtime.hpp"
 #include "troupe/base/fault_point.hpp"
@@ -11,11 +12,13 @@
 #include <chrono>
 #include <csignal>
 #include <random>
+#include <ranges>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
@@ -103,8 +106,8 @@ void node_supervisor::carry_out(const policy::kill_process& what) {
 }
 
 void node_supervisor::carry_out(policy::assign& what) {
-  if (what.assignment.name().empty() && !gpu_places_.empty()) // a standby: every worker's in turn
-    what.assignment.set_device(gpu_places_[num_standbys_++ % gpu_places_.size()]);
+  if (what.assignment.name().empty()) // a standby, which may have to take any worker's place
+    what.assignment.set_device(fmt::format("{}", fmt::join(std::views::keys(keepers_), ",")));
   for (const auto& device : placement::devices_of(what.assignment.device()))
     if (auto keeper = keepers_.find(device); keeper != keepers_.end())
       what.assignment.add_keepers(keeper->second.address);
@@ -274,6 +277,7 @@ void node_supervisor::child_exited(const child_exit& exit) {
   bool was_judged = c.watch && !c.watch->verdict().empty();
   policy::process_end end{exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
                           was_judged ? c.watch->judged() : exit.detected};
+  end.was_stuck = !exit.is_status_known || (!exit.signalled && exit.status == exit_device_stuck);
   auto now = std::chrono::steady_clock::now();
   if (!exit.is_gone) {
     c.is_ending = true;

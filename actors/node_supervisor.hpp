@@ -108,7 +108,6 @@ private:
   std::map<std::string, keeper> keepers_;               ///< by device
   std::vector<std::string> gpu_places_;                 ///< the GPUs of each worker on GPUs
   std::unique_ptr<telemetry::gpu_monitor> gpu_monitor_; ///< where there are GPUs
-  std::size_t num_standbys_ = 0;                        ///< that were told to prepare, so far
   time_point last_heartbeat_{};
   std::unique_ptr<child_processes> children_;
 };

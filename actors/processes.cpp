@@ -68,7 +68,8 @@ void knock_at(memory::pulse& pulse, const Handle& root) {
 /// that does not end, and everything that must outlive the process has left it already.
 [[noreturn]] void leave(int code, memory::pulse& pulse) {
   spdlog::default_logger()->flush();
-  pulse.leave();
+  if (code != exit_restart)
+    pulse.leave();
   std::_Exit(code);
 }
 

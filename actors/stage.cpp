@@ -22,6 +22,17 @@ namespace {
 /// The process that schedulers live in.
 constexpr const char* frontend_name = "frontend";
 
+/// What a device has to do for a step.
+recovery::step_size size_of(const proto::RunMicroBatch& batch) {
+  recovery::step_size size;
+  for (int s = 0; s < std::min(batch.first_positions_size(), batch.row_counts_size()); ++s) {
+    std::uint64_t rows = batch.row_counts(s);
+    size.num_rows += batch.row_counts(s);
+    size.num_positions += rows * (batch.first_positions(s) + rows);
+  }
+  return size;
+}
+
 /// Spoils one value of `rows` as a drill asks.
 void spoil(kernels::ops& ops, const kernels::rows_view& rows, const faults::fault& what) {
   auto element = kernels::size_of(ops.activation_type());
@@ -243,8 +254,6 @@ stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
-    if (!work.left)
-      suffer_computing(*ops_.front(), traits_.actor);
     auto result = work.left ? bring_to_host(work) : work_on(work);
     traits_.pulse.idle();
     for (const auto& ops : ops_)
@@ -258,8 +267,13 @@ stage_compute::behavior_type stage_compute::make_behavior() {
 }
 
 stage_result stage_compute::work_on(const stage_work& work) {
+  if (traits_.watch)
+    traits_.watch->begin(size_of(*work.batch));
+  suffer_computing(*ops_.front(), traits_.actor);
   auto step = work.batch->step();
   auto result = compute(work);
+  if (traits_.watch)
+    traits_.watch->end();
   if (result)
     return std::move(*result);
   const auto& options = model_->leader().options();

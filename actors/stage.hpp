@@ -2,6 +2,7 @@
 
 #include "troupe/actors/boundary.hpp"
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/actors/expert_group.hpp"
 #include "troupe/actors/injected.hpp"
 #include "troupe/actors/remote_experts.hpp"
@@ -63,6 +64,7 @@ struct stage_traits {
   std::shared_ptr<memory::page_seals> seals; ///< of its KV pages; null: they have none
   std::shared_ptr<boundary_device> boundary; ///< null: rows come and go by the host
   std::shared_ptr<boundary_outbox> outbox;   ///< null: they go by the host
+  std::shared_ptr<device_watch> watch;       ///< of its device; null: none
 };
 
 /// The computing half of a stage, in a thread of its own so that the stage can always answer.

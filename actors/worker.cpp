@@ -17,10 +17,7 @@ using namespace std::chrono_literals;
 
 namespace {
 
-/// Returned by the process when one of its actors is gone.
-constexpr int exit_restart = 3;
-
-/// The same when it could not load what it was asked to.
+/// Returned by the process when it could not load what it was asked to.
 constexpr int exit_cannot_load = 4;
 
 /// The same when another process has taken its place.
@@ -93,9 +90,10 @@ void worker::start_actors() {
   const auto& plan = assignment_.plan();
   for (auto& s : parts_->stages) {
     std::pair key{s.plan.replica(), s.plan.index()};
-    auto compute = spawn<stage_compute, caf::detached>(
-      s.ops, s.model, s.experts, plane->buffers(),
-      stage_traits{s.plan.id(), s.pulse, plan.unprotected(), s.seals, s.boundary, s.outbox});
+    auto compute =
+      spawn<stage_compute, caf::detached>(s.ops, s.model, s.experts, plane->buffers(),
+                                          stage_traits{s.plan.id(), s.pulse, plan.unprotected(),
+                                                       s.seals, s.boundary, s.outbox, s.watch});
     auto hidden = static_cast<std::uint32_t>(s.model->leader().config().hidden_size);
     auto handle = spawn<stage>(key.first, key.second, plan.num_stages(), hidden, plane, compute,
                                plan.unprotected());

@@ -14,6 +14,10 @@
 
 namespace troupe::actors {
 
+/// Returned by a worker process when one of its actors is gone. Its parent hears of it as of a
+/// crash, before it is gone.
+inline constexpr int exit_restart = 3;
+
 /// What preparing or loading ended in: one of the three.
 struct load_outcome {
   std::shared_ptr<prepared_parts> prepared;

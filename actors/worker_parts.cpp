@@ -131,6 +131,9 @@ struct loader {
       return attached;
     if (!gpus.empty() && plan().num_stages() > 1)
       open_boundary(s);
+    if (has_device_for_itself() && !plan().unprotected())
+      s.watch = std::make_shared<device_watch>(gpus.front()->waits_of(*s.ops.front()),
+                                               device_watch::end_process(actor.id()));
     if (!options.with_local_experts) {
       auto experts = connect_experts(s);
       if (!experts)
@@ -139,6 +142,19 @@ struct loader {
     }
     parts->stages.push_back(std::move(s));
     return {};
+  }
+
+  /// Who shares a device with somebody cannot know how long it takes.
+  bool has_device_for_itself() const {
+    std::string node;
+    for (const auto& worker : plan().workers())
+      if (worker.name() == assignment.name())
+        node = worker.node();
+    auto num_workers =
+      std::count_if(plan().workers().begin(), plan().workers().end(), [&](const auto& worker) {
+        return worker.node() == node && worker.device() == assignment.device();
+      });
+    return !gpus.empty() && num_workers == 1 && assignment.actors_size() == 1;
   }
 
   /// Loads the part of each rank, on its device.
@@ -320,10 +336,19 @@ expected<std::vector<std::shared_ptr<gpu>>> open_gpus(const proto::WorkerAssignm
   return result;
 }
 
-bool are_those_of(const std::vector<std::shared_ptr<gpu>>& gpus,
-                  const proto::WorkerAssignment& assignment) {
-  return std::ranges::equal(gpus, placement::devices_of(assignment.device()), {},
-                            [](const auto& one) { return one->name(); });
+/// Those of the assignment: a standby has prepared for all GPUs of its node.
+expected<std::vector<std::shared_ptr<gpu>>>
+choose_gpus(const std::vector<std::shared_ptr<gpu>>& prepared,
+            const proto::WorkerAssignment& assignment) {
+  std::vector<std::shared_ptr<gpu>> result;
+  for (const auto& device : placement::devices_of(assignment.device())) {
+    auto found =
+      std::ranges::find_if(prepared, [&](const auto& one) { return one->name() == device; });
+    if (found == prepared.end())
+      return open_gpus(assignment);
+    result.push_back(*found);
+  }
+  return result;
 }
 
 } // namespace
@@ -357,15 +382,12 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
            std::move(prepared.config),
            std::move(prepared.weights),
            std::make_shared<worker_parts>(),
-           std::move(prepared.gpus)};
+           {}};
   l.parts->plane = std::move(prepared.plane);
-  if (!l.gpus.empty() && !are_those_of(l.gpus, assignment)) {
-    // A standby that had prepared for other GPUs of its node.
-    auto gpus = open_gpus(assignment);
-    if (!gpus)
-      return tl::unexpected(gpus.error());
-    l.gpus = std::move(*gpus);
-  }
+  auto gpus = choose_gpus(prepared.gpus, assignment);
+  if (!gpus)
+    return tl::unexpected(gpus.error());
+  l.gpus = std::move(*gpus);
   if (auto enough = l.check_memory(); !enough)
     return tl::unexpected(enough.error());
   for (const auto& actor : assignment.actors()) {

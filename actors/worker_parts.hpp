@@ -2,6 +2,7 @@
 
 #include "troupe/actors/boundary.hpp"
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/actors/gpu.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/page_seals.hpp"
@@ -31,6 +32,7 @@ struct loaded_stage {
   std::shared_ptr<memory::page_seals> seals; ///< null where the KV memory has no room for them
   std::shared_ptr<boundary_device> boundary; ///< null: hidden rows come and go by the host
   std::shared_ptr<boundary_outbox> outbox;   ///< null: they go by the host
+  std::shared_ptr<device_watch> watch;       ///< null where nobody can say what is too long
 };
 
 /// What an expert group computes with.

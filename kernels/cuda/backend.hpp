@@ -93,6 +93,8 @@ public:
   bool all_finite(const rows_view& x) override;
 
   void synchronise() override;
+  const std::atomic<std::uint64_t>& current_wait() const override { return gpu_.current_wait(); }
+  std::chrono::nanoseconds take_longest_wait() override { return gpu_.take_longest_wait(); }
   const std::string& failure() const override { return gpu_.failure(); }
   void break_down() override;
   device_memory memory() const override;

@@ -66,7 +66,14 @@ bool context::synchronise() {
     spoil_recording("it waits for the device");
     return failure_.empty();
   }
-  return check(cudaStreamSynchronize(stream()), "waiting for the stream");
+  const auto queue = stream();
+  const auto begin = std::chrono::steady_clock::now();
+  current_wait_.store(++num_waits_, std::memory_order_relaxed);
+  const auto status = cudaStreamSynchronize(queue);
+  current_wait_.store(0, std::memory_order_relaxed);
+  longest_wait_ =
+    std::max<std::chrono::nanoseconds>(longest_wait_, std::chrono::steady_clock::now() - begin);
+  return check(status, "waiting for the stream");
 }
 
 void context::begin_recording() {

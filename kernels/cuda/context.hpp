@@ -1,11 +1,13 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <cuda_runtime_api.h>
@@ -46,6 +48,9 @@ public:
   /// Somebody was refused memory.
   bool has_run_out() const { return has_run_out_; }
   void run_out() { has_run_out_ = true; }
+  /// See gpu_ops.
+  const std::atomic<std::uint64_t>& current_wait() const { return current_wait_; }
+  std::chrono::nanoseconds take_longest_wait() { return std::exchange(longest_wait_, {}); }
 
   /// While a step is recorded (recording.hpp), nothing may wait, move memory or upload. Who has to
   /// says so instead of doing it, and the recording is thrown away. Nothing that is queued
@@ -69,6 +74,9 @@ private:
   std::string name_;
   std::string failure_;
   cudaStream_t stream_ = nullptr;
+  std::atomic<std::uint64_t> current_wait_{0};
+  std::uint64_t num_waits_ = 0;
+  std::chrono::nanoseconds longest_wait_{};
   bool is_recording_ = false;
   std::string spoilt_by_;
   std::uint64_t generation_ = 0;

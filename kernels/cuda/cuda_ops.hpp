@@ -43,6 +43,13 @@ public:
   /// Waits for everything that was queued.
   virtual void synchronise() = 0;
 
+  /// The wait for the GPU that is under way, each with another number; 0: there is none. For any
+  /// thread to look at.
+  virtual const std::atomic<std::uint64_t>& current_wait() const = 0;
+
+  /// The longest wait for the GPU since the last call.
+  virtual std::chrono::nanoseconds take_longest_wait() = 0;
+
   virtual device_memory memory() const = 0;
 
   /// Memory was asked for that the GPU did not have, whatever became of it.

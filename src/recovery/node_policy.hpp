@@ -96,9 +96,10 @@ public:
   /// How a process ends.
   struct process_end {
     std::string process;
-    std::string text;    ///< "killed by signal 9"
-    std::string verdict; ///< why its pulse had it killed; empty: it died by itself
-    time_point detected; ///< when that was seen
+    std::string text;       ///< "killed by signal 9"
+    std::string verdict;    ///< why its pulse had it killed; empty: it died by itself
+    time_point detected;    ///< when that was seen
+    bool was_stuck = false; ///< its device may not stop for long
   };
 
   /// `host`: where workers can be reached. `seed`: of the names given to memory, never the same.

@@ -60,11 +60,11 @@ TEST_CASE("every GPU of a plan needs what its actors need, and contexts beside")
     expected.contexts = 2 * placement::context_bytes;
     CHECK(needs[i].need == expected);
   }
-  // A standby has a context on one of them, and it is not known which.
+  // A standby has a context on each of them.
   cluster.recovery.standbys = 1;
   CHECK(device_needs(plan_of(cluster), model)[1].need.contexts == 3 * placement::context_bytes);
   cluster.recovery.standbys = 3;
-  CHECK(device_needs(plan_of(cluster), model)[0].need.contexts == 4 * placement::context_bytes);
+  CHECK(device_needs(plan_of(cluster), model)[0].need.contexts == 5 * placement::context_bytes);
 }
 
 TEST_CASE("devices that are one GPU need what all of them need; spares and CPUs need nothing") {

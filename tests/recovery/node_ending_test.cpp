@@ -112,6 +112,11 @@ TEST_CASE("on a GPU some are told what to run when their predecessor is gone") {
     n = running_on_gpu(1);
     n.end("node-0/worker-0#1", "no beat for 812 ms");
   }
+  SECTION("standbys, where it ended itself because its device was") {
+    n = running_on_gpu(1);
+    n.carry_out(
+      n.policy.process_ending({"node-0/worker-0#1", "exited with code 6", "", n.now, true}, n.now));
+  }
   if (told.empty()) {
     CHECK(n.done()
           == steps{"report node-0/worker-0#1 LOST", "report node-0/worker-0#2 STARTING",
