@@ -25,6 +25,10 @@ struct device_memory {
   std::size_t total_bytes = 0;
 };
 
+/// How rows are that were fetched from a block. `gone`: the block did not hold the rows of this
+/// ticket until the copy was done, or the GPU failed; what arrived may be anything.
+enum class fetched_rows : std::uint8_t { whole, gone, not_finite };
+
 /// Operations on one GPU: bfloat16 activations and pages, float32 accumulation. Work is queued on
 /// one stream of the object; what an operation writes to host memory is there when it returns,
 /// everything else is only queued. An object is used by one thread at a time.
@@ -54,10 +58,10 @@ public:
   virtual void leave_rows(const rows_view& from, std::uint64_t oldest, void* block,
                           std::size_t offset) = 0;
 
-  /// Copies such rows from a block of this GPU or of another that it can read. False: the block did
-  /// not hold the rows of this ticket until the copy was done, and `to` may hold anything.
-  virtual bool fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
-                          const rows_view& to) = 0;
+  /// Copies such rows from a block of this GPU or of another that it can read, and says how they
+  /// are: `all_finite` is included.
+  virtual fetched_rows fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
+                                  const rows_view& to) = 0;
 };
 
 /// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
