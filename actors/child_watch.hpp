@@ -5,6 +5,7 @@
 #include "troupe/recovery/pulse_monitor.hpp"
 
 #include <chrono>
+#include <memory>
 #include <string>
 
 namespace troupe::actors {
@@ -25,6 +26,9 @@ public:
   /// Looks at the page. True, and this once only, when the process counts as dead: it must be
   /// killed, and `verdict` says why.
   bool look(pid_t process, time_point now);
+
+  /// Of the child.
+  std::shared_ptr<life_line> life() const { return page_.life(); }
 
   const std::string& verdict() const { return verdict_; } ///< empty: none
   time_point judged() const { return judged_; }

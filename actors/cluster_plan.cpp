@@ -1,13 +1,17 @@
 #include "troupe/actors/cluster_plan.hpp"
 
+#include "troupe/actors/device_needs.hpp"
 #include "troupe/memory/page_seals.hpp"
 #include "troupe/model/chat_template.hpp"
 #include "troupe/model/model_tokenizer.hpp"
+#include "troupe/model/tensor_shard.hpp"
 #include "troupe/model/tensor_source.hpp"
 #include "troupe/model/weights.hpp"
 #include "troupe/placement/core_shares.hpp"
+#include "troupe/telemetry/gpu_totals.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <string>
 #include <thread>
@@ -18,6 +22,9 @@
 namespace troupe::actors {
 
 namespace {
+
+/// What the driver gets to tell of its GPUs, which may take it seconds when it is asked first.
+constexpr auto driver_patience = std::chrono::milliseconds(5000);
 
 bool computes_on_gpus(const config::cluster_config& cluster) {
   return cluster.nodes.front().devices.front().kind == config::device_kind::cuda;
@@ -59,6 +66,26 @@ std::uint64_t weight_bytes(const placement::actor& actor, const placement::model
   return weights * static_cast<std::uint64_t>(weight_bits) / 8;
 }
 
+/// Whether the GPUs of this host have room for what they are to hold, as far as the driver tells.
+expected<void> check_local_devices(const config::cluster_config& cluster,
+                                   const proto::ClusterPlan& plan,
+                                   const model::model_config& model) {
+  if (!computes_on_gpus(cluster))
+    return {};
+  const auto totals = telemetry::gpu_totals(driver_patience);
+  const auto is_local = [&](const std::string& name) {
+    return std::any_of(cluster.nodes.begin(), cluster.nodes.end(), [&](const auto& node) {
+      return node.name == name && node.launch == config::launch_mode::local;
+    });
+  };
+  return check_devices(plan, model, [&](const planned_device& one) -> std::optional<std::uint64_t> {
+    const auto index = telemetry::cuda_index(one.device);
+    if (!index || *index >= totals.size() || !is_local(one.node))
+      return std::nullopt; // its worker will see
+    return totals[*index];
+  });
+}
+
 std::uint64_t mlp_size(std::int32_t hidden, std::int32_t intermediate) {
   return 3 * static_cast<std::uint64_t>(hidden) * static_cast<std::uint64_t>(intermediate);
 }
@@ -83,6 +110,26 @@ placement::model_shape shape_of(const model::model_config& m) {
   return shape;
 }
 
+/// The part of one of the devices of a stage.
+expected<model::model_config> check_ranks(const config::cluster_config& cluster,
+                                          const model::model_config& model) {
+  auto ranks = cluster.parallel.tensor;
+  if (ranks == 1)
+    return model;
+  auto refuse = [&](const std::string& cause, const std::string& cure) {
+    return fail(
+      error_code::invalid_config,
+      fmt::format("{}: parallel.tensor: {}: {}", cluster.where("parallel.tensor"), ranks, cause),
+      cure);
+  };
+  if (cluster.serving.draft_tokens > 0)
+    return refuse("stages on several devices do not draft", "write serving.draft_tokens: 0");
+  auto part = model::rank_config(model, 0, static_cast<std::int32_t>(ranks));
+  if (!part)
+    return refuse(part.error().cause, part.error().cure);
+  return part;
+}
+
 expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& cluster,
                                                const model::model_config& model) {
   auto shape = shape_of(model);
@@ -97,8 +144,12 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   auto placed = placement::place(cluster, shape);
   if (!placed)
     return tl::unexpected(placed.error());
+  auto part = check_ranks(cluster, model);
+  if (!part)
+    return tl::unexpected(part.error());
   const auto& serving = cluster.serving;
   proto::ClusterPlan plan;
+  plan.set_tensor_ranks(cluster.parallel.tensor);
   plan.set_cluster(cluster.cluster);
   plan.set_model_path(cluster.model.path.string());
   plan.set_model_name(cluster.model.name);
@@ -140,15 +191,10 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   std::map<std::string, const placement::worker*> by_name;
   for (const auto& worker : placed->workers)
     by_name.emplace(worker.name, &worker);
-  std::vector<placement::worker> all;
-  for (const auto& node : cluster.nodes)
-    for (std::size_t i = 0; i < node.devices.size(); ++i) {
-      auto name = placement::worker_name(node.name, i);
-      auto found = by_name.find(name);
-      all.push_back(found != by_name.end()
-                      ? *found->second
-                      : placement::worker{name, node.name, node.devices[i].name(), {}});
-    }
+  auto all = placement::possible_workers(cluster);
+  for (auto& worker : all)
+    if (auto found = by_name.find(worker.name); found != by_name.end())
+      worker = *found->second;
   for (const auto& worker : all) {
     auto* w = plan.add_workers();
     w->set_name(worker.name);
@@ -173,7 +219,7 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
       bool drafts = with_mtp && actor.end_layer == shape.num_layers;
       auto kv_layers = actor.end_layer - actor.first_layer + (drafts ? 1 : 0);
       a->set_kv_bytes(std::uint64_t{kv_layers} * plan.kv_pages() * plan.page_tokens()
-                        * static_cast<std::uint64_t>(model.kv_dim())
+                        * cluster.parallel.tensor * static_cast<std::uint64_t>(part->kv_dim())
                         * kv_element_bytes(model, cluster)
                       + memory::page_seals::bytes(plan.kv_pages()));
     }
@@ -189,6 +235,8 @@ expected<proto::ClusterPlan> check_before_launch(const config::cluster_config& c
   auto plan = make_cluster_plan(cluster, *model);
   if (!plan)
     return plan;
+  if (auto enough = check_local_devices(cluster, *plan, *model); !enough)
+    return tl::unexpected(enough.error());
   if (auto tokenizer = model::load_tokenizer(path, *model); !tokenizer)
     return tl::unexpected(tokenizer.error());
   auto chat = model::chat_renderer::load(path);

@@ -118,6 +118,14 @@ public:
 
   const std::string& name() const override { return name_; }
 
+  expected<gpu_memory> memory() override {
+    auto kept = keeper_->report();
+    if (!kept)
+      return tl::unexpected(kept.error());
+    auto now = kernels::cuda::memory_of(device_);
+    return gpu_memory{now.total_bytes, now.free_bytes, kept->kept_bytes};
+  }
+
   expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) override {
     auto granted = keeper_->open(actor + "/kv", "", bytes);
     if (!granted) {
@@ -132,14 +140,15 @@ public:
     return {{mapped.get(), [mapped, keeper = keeper_](void*) {}}};
   }
 
-  expected<void> load(const std::string& actor, const std::string& content,
+  expected<void> load(const std::string& actor, const std::string& content, const gpu_rank& rank,
                       const memory::activity& pulse, const loading& load) override {
     for (bool may_be_filled : {true, false}) {
       auto weights = std::make_shared<kept_weights>(keeper_, device_, actor + "/weights", content);
       if (auto found = weights->find(may_be_filled); !found)
         return found;
       std::string why;
-      auto made = kernels::cuda::make_cuda_ops(device_, why, pulse.counter(), weights);
+      auto made =
+        kernels::cuda::make_cuda_ops(device_, why, pulse.counter(), weights, rank.group, rank.rank);
       if (!made)
         return fail(error_code::internal, why);
       auto* device = made.get();
@@ -148,6 +157,13 @@ public:
       auto loaded = load(ops);
       if (weights->failure())
         return tl::unexpected(*weights->failure());
+      if (device->has_run_out())
+        return fail(error_code::resource_exhausted,
+                    fmt::format("{}: {} has too little memory for activations: {:.2f} GB of {:.1f} "
+                                "GB are left",
+                                actor, name_, double(device->memory().free_bytes) / 1e9,
+                                double(device->memory().total_bytes) / 1e9),
+                    "lower serving.max_batch_tokens or serving.kv_tokens, or use more GPUs");
       if (!device->failure().empty())
         return fail(error_code::internal, device->failure());
       if (!loaded)
@@ -201,6 +217,26 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
   return std::make_shared<cuda_gpu>(device, *index, std::move(*client));
 }
 
+expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
+gpu::join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows,
+          std::int32_t num_cols) {
+  std::vector<std::int32_t> devices;
+  for (const auto& rank : ranks) {
+    auto index = index_of(rank->name());
+    if (!index)
+      return tl::unexpected(index.error());
+    devices.push_back(*index);
+  }
+  std::string why;
+  auto group = kernels::cuda::make_gpu_rank_group(devices, max_rows, num_cols, why);
+  if (!group)
+    return fail(
+      error_code::unavailable, why,
+      "nvidia-smi topo -p2p r shows which GPUs reach each other; write parallel.tensor: 1 "
+      "otherwise");
+  return group;
+}
+
 int run_keeper(const keeper_options& options) {
   auto device = static_cast<std::int32_t>(options.device);
   if (auto index = index_of(fmt::format("cuda:{}", device)); !index) {
@@ -225,6 +261,11 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
   return fail(error_code::invalid_config,
               fmt::format("{} cannot be used: this troupe was built without CUDA", device),
               "build it where nvcc is found (README, GPUs), or write cpu in nodes.devices");
+}
+
+expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
+gpu::join(std::span<const std::shared_ptr<gpu>>, std::int32_t, std::int32_t) {
+  return fail(error_code::invalid_config, "this troupe was built without CUDA");
 }
 
 int run_keeper(const keeper_options&) {

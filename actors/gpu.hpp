@@ -8,9 +8,27 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 
+namespace troupe::kernels::cuda {
+class gpu_rank_group;
+}
+
 namespace troupe::actors {
+
+/// The place of a GPU among those that compute a stage together.
+struct gpu_rank {
+  std::shared_ptr<kernels::cuda::gpu_rank_group> group; ///< null: it computes alone
+  std::int32_t rank = 0;
+};
+
+/// Memory of a GPU, in bytes.
+struct gpu_memory {
+  std::uint64_t total = 0;
+  std::uint64_t free = 0;
+  std::uint64_t kept = 0; ///< by its keeper, for whomever
+};
 
 /// A GPU as a worker uses it: it computes there, and what must outlive it, weights and KV pages, is
 /// mapped from the GPU's keeper (memory/keeper.hpp). A worker that takes another's place finds both
@@ -29,8 +47,15 @@ public:
   /// "cuda:0".
   virtual const std::string& name() const = 0;
 
+  virtual expected<gpu_memory> memory() = 0;
+
   /// Memory for the KV pages of an actor, as the last process that computed for it has left it.
   virtual expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) = 0;
+
+  /// Where the ranks of a stage on these GPUs meet, to add up as many rows of as many columns.
+  /// Errors: unavailable where they do not reach each other's memory; resource_exhausted.
+  static expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
+  join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, std::int32_t num_cols);
 
   /// What a part of a model is loaded with: `load` is called with operations that place its
   /// weights in kept memory. `content` says which weights they are: those of another content are
@@ -38,7 +63,8 @@ public:
   /// again when what was left turns out to be incomplete.
   using loading = std::function<expected<void>(std::shared_ptr<kernels::ops>)>;
   virtual expected<void> load(const std::string& actor, const std::string& content,
-                              const memory::activity& pulse, const loading& load) = 0;
+                              const gpu_rank& rank, const memory::activity& pulse,
+                              const loading& load) = 0;
 };
 
 struct keeper_options {

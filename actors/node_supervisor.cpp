@@ -5,6 +5,7 @@
 #include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"
 #include "troupe/memory/keeper.hpp"
+#include "troupe/placement/plan.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -102,12 +103,11 @@ void node_supervisor::carry_out(const policy::kill_process& what) {
 }
 
 void node_supervisor::carry_out(policy::assign& what) {
-  if (what.assignment.name().empty() && !keepers_.empty()) // a standby: every GPU in turn
-    what.assignment.set_device(
-      std::next(keepers_.begin(), static_cast<std::ptrdiff_t>(num_standbys_++ % keepers_.size()))
-        ->first);
-  if (auto keeper = keepers_.find(what.assignment.device()); keeper != keepers_.end())
-    what.assignment.set_keeper(keeper->second.address);
+  if (what.assignment.name().empty() && !gpu_places_.empty()) // a standby: every worker's in turn
+    what.assignment.set_device(gpu_places_[num_standbys_++ % gpu_places_.size()]);
+  for (const auto& device : placement::devices_of(what.assignment.device()))
+    if (auto keeper = keepers_.find(device); keeper != keepers_.end())
+      what.assignment.add_keepers(keeper->second.address);
   for (const auto& actor : what.assignment.actors()) {
     auto found = kv_.find(actor.id());
     if (found == kv_.end())
@@ -160,8 +160,8 @@ std::string node_supervisor::device_of(const std::string& worker) const {
 }
 
 expected<void> node_supervisor::create_memory(const policy::keep_memory& what) {
-  if (keepers_.count(device_of(what.worker)) > 0)
-    return {}; // the worker asks the keeper
+  if (std::ranges::count(gpu_places_, device_of(what.worker)) > 0)
+    return {}; // the worker asks the keepers
   for (const auto& [actor, bytes] : what.actors) {
     auto segment =
       memory::segment::create("troupe:" + policy_.plan().cluster() + "/" + actor, bytes);
@@ -192,6 +192,7 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
     if (!watch)
       return tl::unexpected(watch.error());
     c.watch = std::move(*watch);
+    spec.life = c.watch->life();
   }
   spec.log_path = log_path_of(what.name);
   auto pid = children_->spawn(std::move(spec));
@@ -212,25 +213,31 @@ std::string node_supervisor::log_path_of(const std::string& process) const {
 /// One for each GPU of this node, before its first worker.
 void node_supervisor::start_keepers(const proto::ClusterPlan& plan) {
   for (const auto& worker : plan.workers()) {
-    const auto& device = worker.device();
-    if (worker.node() != options_.name || !device.starts_with("cuda:")
-        || keepers_.count(device) > 0)
+    if (worker.node() != options_.name || !worker.device().starts_with("cuda:")
+        || std::ranges::count(gpu_places_, worker.device()) > 0)
       continue;
-    auto index = device.substr(device.find(':') + 1);
-    auto address = memory::keeper_address(static_cast<std::uint32_t>(::getpid()),
-                                          static_cast<std::uint32_t>(std::stoul(index)));
-    child_spec spec;
-    spec.name = fmt::format("{}/keeper-{}", options_.name, index);
-    spec.arguments = {"keeper",    "--name", spec.name,     "--device",        index,
-                      "--address", address,  "--log-level", options_.log_level};
-    spec.log_path = log_path_of(spec.name);
-    // Without one, the worker says what it misses.
-    auto& started = keepers_.emplace(device, keeper{spec.name, address}).first->second;
-    if (auto pid = children_->spawn(std::move(spec)))
-      started.pid = *pid;
-    else
-      spdlog::error("{}", pid.error().text());
+    gpu_places_.push_back(worker.device());
+    for (const auto& device : placement::devices_of(worker.device()))
+      if (keepers_.count(device) == 0)
+        start_keeper(device);
   }
+}
+
+void node_supervisor::start_keeper(const std::string& device) {
+  auto index = device.substr(device.find(':') + 1);
+  auto address = memory::keeper_address(static_cast<std::uint32_t>(::getpid()),
+                                        static_cast<std::uint32_t>(std::stoul(index)));
+  child_spec spec;
+  spec.name = fmt::format("{}/keeper-{}", options_.name, index);
+  spec.arguments = {"keeper",    "--name", spec.name,     "--device",        index,
+                    "--address", address,  "--log-level", options_.log_level};
+  spec.log_path = log_path_of(spec.name);
+  // Without one, the worker says what it misses.
+  auto& started = keepers_.emplace(device, keeper{spec.name, address}).first->second;
+  if (auto pid = children_->spawn(std::move(spec)))
+    started.pid = *pid;
+  else
+    spdlog::error("{}", pid.error().text());
 }
 
 void node_supervisor::watch_gpus() {
@@ -258,21 +265,35 @@ void node_supervisor::keeper_exited(const child_exit& exit) {
 void node_supervisor::child_exited(const child_exit& exit) {
   if (exit.name.starts_with(options_.name + "/keeper-"))
     return keeper_exited(exit);
-  faults::suffer(faults::point::node_exit_seen, exit.name);
   auto found = running_.find(exit.name);
   if (found == running_.end())
     return;
-  auto c = std::move(found->second);
-  running_.erase(found);
+  auto& c = found->second;
+  if (!c.is_ending)
+    faults::suffer(faults::point::node_exit_seen, exit.name);
   bool was_judged = c.watch && !c.watch->verdict().empty();
-  carry_out(policy_.process_exited({exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
-                                    was_judged ? c.watch->judged() : exit.detected},
-                                   std::chrono::steady_clock::now()));
+  policy::process_end end{exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
+                          was_judged ? c.watch->judged() : exit.detected};
+  auto now = std::chrono::steady_clock::now();
+  if (!exit.is_gone) {
+    c.is_ending = true;
+    c.ending_since = exit.detected;
+    carry_out(policy_.process_ending(end, now));
+    return;
+  }
+  if (c.is_ending)
+    spdlog::info("{} (pid {}) {}; clearing up behind it took {:.1f} ms", exit.name, exit.pid,
+                 exit.text(),
+                 std::chrono::duration<double, std::milli>(exit.detected - c.ending_since).count());
+  if (c.is_ending && !was_judged)
+    end.detected = c.ending_since;
+  running_.erase(found);
+  carry_out(policy_.process_exited(end, now));
 }
 
 void node_supervisor::look_at_pulses(time_point now) {
   for (auto& [name, c] : running_) {
-    if (!c.watch || !c.watch->look(c.pid, now))
+    if (!c.watch || c.is_ending || !c.watch->look(c.pid, now))
       continue;
     spdlog::error("{} (pid {}): {}; killing it", name, c.pid, c.watch->verdict());
     children_->signal(name, SIGKILL);

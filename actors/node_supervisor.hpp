@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace troupe::actors {
 
@@ -68,7 +69,9 @@ private:
   struct child {
     pid_t pid = 0;
     std::optional<child_watch> watch; ///< none where nothing is protected
-    messages::worker_actor handle;    ///< once it has said hello
+    bool is_ending = false;           ///< it computes no more
+    time_point ending_since{};
+    messages::worker_actor handle; ///< once it has said hello
   };
 
   void dial_controller();
@@ -88,6 +91,7 @@ private:
   expected<child> spawn(const policy::start_process& what);
   std::string log_path_of(const std::string& process) const;
   void start_keepers(const proto::ClusterPlan& plan);
+  void start_keeper(const std::string& device);
   void watch_gpus();
   void keeper_exited(const child_exit& exit);
   std::string device_of(const std::string& worker) const;
@@ -102,6 +106,7 @@ private:
   std::map<std::string, child> running_;                ///< by the policy's name for the process
   std::map<std::string, memory::segment> kv_;           ///< by actor; of those on CPUs
   std::map<std::string, keeper> keepers_;               ///< by device
+  std::vector<std::string> gpu_places_;                 ///< the GPUs of each worker on GPUs
   std::unique_ptr<telemetry::gpu_monitor> gpu_monitor_; ///< where there are GPUs
   std::size_t num_standbys_ = 0;                        ///< that were told to prepare, so far
   time_point last_heartbeat_{};

@@ -66,8 +66,9 @@ void knock_at(memory::pulse& pulse, const Handle& root) {
 
 /// Ends the process without waiting for actors: an actor system's destructor waits for ever for one
 /// that does not end, and everything that must outlive the process has left it already.
-[[noreturn]] void leave(int code) {
+[[noreturn]] void leave(int code, memory::pulse& pulse) {
   spdlog::default_logger()->flush();
+  pulse.leave();
   std::_Exit(code);
 }
 
@@ -200,19 +201,19 @@ int run_controller(const controller_options& options) {
                                static_cast<std::uint32_t>(::getpid()));
   auto journal = open_journal(options.process.state_directory, members);
   if (!journal)
-    leave(not_started(startup_fd, journal.error()));
+    leave(not_started(startup_fd, journal.error()), **pulse);
   auto supervisor = system.spawn<cluster_supervisor, caf::detached>(std::move(members),
                                                                     std::move(*journal), *pulse);
   knock_at(**pulse, supervisor);
   auto port = publish(system, caf::actor_cast<cluster_supervisor_actor>(supervisor), options.port,
                       config->network.bind);
   if (!port)
-    leave(not_started(startup_fd, port.error()));
+    leave(not_started(startup_fd, port.error()), **pulse);
   const auto watch = stop_when_down(system, supervisor);
   spdlog::info("the controller listens on {}:{}", config->network.bind, *port);
   report_started(startup_fd, *port);
   wait_for_stop_signal();
-  leave(EXIT_SUCCESS);
+  leave(EXIT_SUCCESS, **pulse);
 }
 
 int run_frontend(const frontend_options& options) {
@@ -241,7 +242,7 @@ int run_frontend(const frontend_options& options) {
       caf::anon_send(gateway_future.get(), http_call_ptr(std::move(call)));
     });
   if (!server)
-    leave(not_started(options.process.startup_fd, server.error()));
+    leave(not_started(options.process.startup_fd, server.error()), **pulse);
   auto port = (*server)->port();
   gateway_options gateway_settings;
   gateway_settings.incarnation = options.process.incarnation;
@@ -266,7 +267,7 @@ int run_frontend(const frontend_options& options) {
   report_started(options.process.startup_fd, port);
   wait_for_stop_signal();
   (*server)->stop(drain_time);
-  leave(EXIT_SUCCESS);
+  leave(EXIT_SUCCESS, **pulse);
 }
 
 int run_node(node_options options, int pulse_fd) {
@@ -280,7 +281,7 @@ int run_node(node_options options, int pulse_fd) {
   auto supervisor = system.spawn<node_supervisor, caf::detached>(std::move(options));
   auto port = publish(system, caf::actor_cast<node_supervisor_actor>(supervisor), 0, bind);
   if (!port)
-    leave(not_started(-1, port.error()));
+    leave(not_started(-1, port.error()), **pulse);
   caf::anon_send(supervisor, start_atom::value, *port);
   knock_at(**pulse, supervisor);
   const auto watch = stop_when_down(system, supervisor);
@@ -288,7 +289,7 @@ int run_node(node_options options, int pulse_fd) {
   caf::scoped_actor self{system};
   caf::anon_send(supervisor, stop_atom::value);
   self->wait_for(supervisor);
-  leave(EXIT_SUCCESS);
+  leave(EXIT_SUCCESS, **pulse);
 }
 
 int run_worker(worker_options options, std::uint32_t heartbeat_ms, int pulse_fd) {
@@ -303,12 +304,12 @@ int run_worker(worker_options options, std::uint32_t heartbeat_ms, int pulse_fd)
   auto root = system.spawn<worker>(std::move(options), exit_code);
   auto port = publish(system, caf::actor_cast<worker_actor>(root), 0, bind);
   if (!port)
-    leave(not_started(-1, port.error()));
+    leave(not_started(-1, port.error()), **pulse);
   caf::anon_send(root, start_atom::value, *port);
   knock_at(**pulse, root);
   const auto watch = stop_when_down(system, root);
   wait_for_stop_signal();
-  leave(exit_code->load());
+  leave(exit_code->load(), **pulse);
 }
 
 } // namespace troupe::actors

@@ -19,8 +19,18 @@ namespace {
 constexpr auto tick_interval = 50ms;
 constexpr auto dial_timeout = 2000ms;
 
+/// Steps of one incarnation of the frontend are below those of the next.
+constexpr unsigned bits_of_step = 40;
+constexpr std::uint64_t first_step_base = std::uint64_t{1} << bits_of_step;
+
 schedule::time_point current_time() {
   return std::chrono::steady_clock::now();
+}
+
+bool has_gpus(const proto::ClusterPlan& plan) {
+  const auto& workers = plan.workers();
+  return std::any_of(workers.begin(), workers.end(),
+                     [](const auto& w) { return w.device().starts_with("cuda:"); });
 }
 
 schedule::limits limits_of(const proto::ClusterPlan& plan) {
@@ -110,7 +120,7 @@ scheduler::scheduler(caf::actor_config& config, std::uint32_t replica, std::uint
                      std::shared_ptr<stage_connector> connector)
   : scheduler_local::base(config),
     replica_(replica),
-    step_base_(incarnation << 40U),
+    step_base_(incarnation << bits_of_step),
     plan_(std::move(plan.body)),
     client_(std::move(client)),
     connector_(std::move(connector)),
@@ -150,8 +160,14 @@ void scheduler::connect(std::uint32_t index, const proto::WorkerView& worker) {
 void scheduler::take_view(const proto::ClusterView& view) {
   if (view.version() <= view_.version())
     return;
-  if (view.epoch() != view_.epoch())
+  if (view.epoch() != view_.epoch()) {
     serving_ = false;
+    auto end = clock().now() + schedule::fence_time;
+    if (view_.epoch() == 0 && step_base_ > first_step_base && has_gpus(plan_))
+      policy_.fence_all(end); // what its predecessor sent may be in work
+    else
+      policy_.fence(end);
+  }
   view_ = view;
   take_losses();
   for (std::uint32_t i = 0; i < stages_.size(); ++i) {
@@ -463,6 +479,7 @@ scheduler::behavior_type scheduler::make_behavior() {
         if (worker != nullptr && worker->state() == proto::RUNNING && stages_[i].incarnation == 0)
           connect(i, *worker);
       }
+      policy_.end_fence(clock().now());
       policy_.expire(current_time());
       resend_overdue();
       pump();

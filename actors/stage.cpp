@@ -227,8 +227,9 @@ void stage::report_failure(std::uint64_t step) {
   send(scheduler_, micro_batch_failed{std::move(failed)});
 }
 
-stage_compute::stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
-                             std::shared_ptr<model::stage_model> model,
+stage_compute::stage_compute(caf::actor_config& config,
+                             std::vector<std::shared_ptr<kernels::ops>> ops,
+                             std::shared_ptr<model::stage_group> model,
                              std::shared_ptr<remote_experts> experts,
                              transport::buffer_pool buffers, stage_traits traits)
   : stage_compute_actor::base(config),
@@ -243,14 +244,15 @@ stage_compute::behavior_type stage_compute::make_behavior() {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
     if (!work.left)
-      suffer_computing(*ops_, traits_.actor);
+      suffer_computing(*ops_.front(), traits_.actor);
     auto result = work.left ? bring_to_host(work) : work_on(work);
     traits_.pulse.idle();
-    if (!ops_->failure().empty()) {
-      // Whatever came of it is worth nothing. The step is computed again by the next process.
-      spdlog::critical("{}: the device failed: {}", traits_.actor, ops_->failure());
-      return quit(caf::sec::runtime_error);
-    }
+    for (const auto& ops : ops_)
+      if (!ops->failure().empty()) {
+        // Whatever came of it is worth nothing. The step is computed again by the next process.
+        spdlog::critical("{}: the device failed: {}", traits_.actor, ops->failure());
+        return quit(caf::sec::runtime_error);
+      }
     send(asker, std::move(result));
   }};
 }
@@ -260,7 +262,7 @@ stage_result stage_compute::work_on(const stage_work& work) {
   auto result = compute(work);
   if (result)
     return std::move(*result);
-  const auto& options = model_->options();
+  const auto& options = model_->leader().options();
   auto why = std::make_shared<error>(std::move(result.error()));
   why->cause = fmt::format("{} (layers {} to {}) could not compute step {}: {}", traits_.actor,
                            options.first_layer, options.end_layer - 1, step, why->cause);
@@ -279,7 +281,7 @@ stage_result stage_compute::bring_to_host(const stage_work& work) {
   const auto& left = *work.left;
   auto buffer =
     buffers_.take(static_cast<std::size_t>(left.num_rows) * static_cast<std::size_t>(left.num_cols)
-                  * kernels::size_of(ops_->activation_type()));
+                  * kernels::size_of(ops_.front()->activation_type()));
   if (!buffer) {
     spdlog::error("{}: {}", traits_.actor, buffer.error().text());
     return result;
@@ -315,11 +317,11 @@ expected<void> stage_compute::hand_over(const kernels::rows_view& hidden, bool s
     return {};
   auto buffer = buffers_.take(static_cast<std::size_t>(hidden.num_rows)
                               * static_cast<std::size_t>(hidden.num_cols)
-                              * kernels::size_of(ops_->activation_type()));
+                              * kernels::size_of(ops_.front()->activation_type()));
   if (!buffer)
     return tl::unexpected(buffer.error());
   result.output = std::make_shared<transport::buffer>(std::move(*buffer));
-  ops_->copy_to_host(hidden, result.output->data());
+  ops_.front()->copy_to_host(hidden, result.output->data());
   return {};
 }
 
@@ -395,13 +397,14 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   model::stage_input input;
   input.tokens = tokens_;
   input.batch = {positions_, sequences_, pages_, page_offsets_};
-  auto row_bytes = kernels::size_of(ops_->activation_type())
-                   * static_cast<std::size_t>(model_->config().hidden_size);
+  auto row_bytes = kernels::size_of(ops_.front()->activation_type())
+                   * static_cast<std::size_t>(model_->leader().config().hidden_size);
+  const bool is_first = model_->leader().is_first();
   std::function<expected<void>(const kernels::rows_view&)> fetching;
-  if (!model_->is_first() && work.input->header.has_place()) {
+  if (!is_first && work.input->header.has_place()) {
     fetching = [&](const kernels::rows_view& to) { return fetch(work.input->header, to); };
     input.fetch = &fetching;
-  } else if (!model_->is_first()) {
+  } else if (!is_first) {
     if (work.input->payload.size() != tokens_.size() * row_bytes)
       return fail(error_code::internal,
                   fmt::format("{} sent {} bytes of hidden states for {} rows of {}",
@@ -419,7 +422,7 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   auto fault = faults::hit(faults::point::activation);
   std::function<void(const kernels::rows_view&)> inject;
   if (fault) {
-    inject = [&](const kernels::rows_view& computed) { spoil(*ops_, computed, *fault); };
+    inject = [&](const kernels::rows_view& computed) { spoil(*ops_.front(), computed, *fault); };
     input.spoil = &inject;
   }
   auto hidden = model_->forward(input);
@@ -427,7 +430,7 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
     return tl::unexpected(hidden.error());
   stage_result result;
   result.step = batch.step();
-  if (model_->is_last()) {
+  if (model_->leader().is_last()) {
     auto done = draw(batch);
     if (!done)
       return tl::unexpected(done.error());
@@ -439,7 +442,7 @@ expected<stage_result> stage_compute::compute(const stage_work& work) {
   // Drafting writes to the pages as well.
   if (traits_.seals)
     seal_pages(batch);
-  if (!model_->is_last())
+  if (!model_->leader().is_last())
     if (auto handed = hand_over(*hidden, work.stays_on_device, result); !handed)
       return tl::unexpected(handed.error());
   return result;
@@ -465,7 +468,7 @@ stage_compute::draw(const proto::RunMicroBatch& batch) {
     p.target = o.target();
     p.banned = {o.banned().data(), static_cast<std::size_t>(o.banned_size())};
   }
-  if (auto drawn = model_->sample(rows_, params_, sampled_); !drawn)
+  if (auto drawn = model_->leader().sample(rows_, params_, sampled_); !drawn)
     return tl::unexpected(drawn.error());
   if (!traits_.unprotected)
     for (std::size_t i = 0; i < count; ++i)
@@ -493,7 +496,7 @@ expected<void> stage_compute::draft(const proto::RunMicroBatch& batch,
   if (batch.drafts_wanted_size() != num_slices || batch.draft_counts_size() != num_slices
       || batch.next_tokens_size() != num_slices)
     return fail(error_code::invalid_request, "a micro-batch whose draft arrays differ in length");
-  auto most = static_cast<std::uint32_t>(model_->options().max_drafts);
+  auto most = static_cast<std::uint32_t>(model_->leader().options().max_drafts);
   draft_slices_.clear();
   for (int s = 0; s < num_slices; ++s)
     draft_slices_.push_back({static_cast<std::int32_t>(batch.row_counts(s)),
@@ -521,7 +524,7 @@ expected<void> stage_compute::draft(const proto::RunMicroBatch& batch,
                            chains_,
                            experts_.get()};
   drafts_.resize(chains_.size() * most);
-  if (auto drafted = model_->draft(input, drafts_); !drafted)
+  if (auto drafted = model_->leader().draft(input, drafts_); !drafted)
     return drafted;
   done.mutable_draft_counts()->Resize(num_slices, 0);
   for (std::size_t c = 0; c < chains_.size(); ++c) {

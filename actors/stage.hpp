@@ -9,7 +9,7 @@
 #include "troupe/memory/pulse_page.hpp"
 #include "troupe/messages/serving_protocol.hpp"
 #include "troupe/model/draft_plan.hpp"
-#include "troupe/model/stage_model.hpp"
+#include "troupe/model/stage_group.hpp"
 #include "troupe/recovery/stage_ledger.hpp"
 
 #include <map>
@@ -70,8 +70,8 @@ struct stage_traits {
 class stage_compute : public stage_compute_actor::base {
 public:
   /// `experts` is null where the model has its own.
-  stage_compute(caf::actor_config& config, std::shared_ptr<kernels::ops> ops,
-                std::shared_ptr<model::stage_model> model, std::shared_ptr<remote_experts> experts,
+  stage_compute(caf::actor_config& config, std::vector<std::shared_ptr<kernels::ops>> ops,
+                std::shared_ptr<model::stage_group> model, std::shared_ptr<remote_experts> experts,
                 transport::buffer_pool buffers, stage_traits traits = {});
 
   behavior_type make_behavior() override;
@@ -87,8 +87,8 @@ private:
   expected<std::shared_ptr<proto::MicroBatchDone>> draw(const proto::RunMicroBatch& batch);
   expected<void> draft(const proto::RunMicroBatch& batch, proto::MicroBatchDone& done);
 
-  std::shared_ptr<kernels::ops> ops_;
-  std::shared_ptr<model::stage_model> model_;
+  std::vector<std::shared_ptr<kernels::ops>> ops_; ///< by rank
+  std::shared_ptr<model::stage_group> model_;
   std::shared_ptr<remote_experts> experts_;
   transport::buffer_pool buffers_;
   stage_traits traits_;

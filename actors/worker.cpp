@@ -96,7 +96,7 @@ void worker::start_actors() {
     auto compute = spawn<stage_compute, caf::detached>(
       s.ops, s.model, s.experts, plane->buffers(),
       stage_traits{s.plan.id(), s.pulse, plan.unprotected(), s.seals, s.boundary, s.outbox});
-    auto hidden = static_cast<std::uint32_t>(s.model->config().hidden_size);
+    auto hidden = static_cast<std::uint32_t>(s.model->leader().config().hidden_size);
     auto handle = spawn<stage>(key.first, key.second, plan.num_stages(), hidden, plane, compute,
                                plan.unprotected());
     monitor(handle);

@@ -1,5 +1,9 @@
 #include "troupe/actors/worker_parts.hpp"
 
+#include "troupe/actors/device_needs.hpp"
+#include "troupe/model/tensor_shard.hpp"
+#include "troupe/placement/plan.hpp"
+
 #include <algorithm>
 #include <chrono>
 
@@ -18,28 +22,38 @@ struct loader {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
   std::shared_ptr<worker_parts> parts;
-  std::shared_ptr<gpu> device; ///< null on a CPU
+  std::vector<std::shared_ptr<gpu>> gpus; ///< none on CPUs
 
   const proto::ClusterPlan& plan() const { return assignment.plan(); }
 
-  /// Calls `load` with the operations of an actor. On a GPU that may be twice: see gpu::load.
-  expected<void> load_with_ops(const proto::ActorPlan& actor, const memory::activity& pulse,
-                               std::uint32_t threads, const gpu::loading& load) const {
-    if (!device)
-      return load(make_ops(pulse, threads));
-    auto content =
-      fmt::format("{} layers {}-{} experts {}-{} of {} drafts {}", plan().model_path(),
-                  actor.first_layer(), actor.end_layer(), actor.first_expert(), actor.end_expert(),
-                  plan().num_expert_groups(), plan().draft_tokens());
-    return device->load(actor.id(), content, pulse, load);
+  /// Calls `load` with the operations of an actor that computes alone.
+  expected<void> load_alone(const proto::ActorPlan& actor, const memory::activity& pulse,
+                            const gpu::loading& load) const {
+    if (gpus.empty())
+      return load(make_ops(pulse, plan().expert_threads(), nullptr, 0));
+    return gpus.front()->load(actor.id(), content_of(actor, 0), {}, pulse, load);
+  }
+
+  /// Which weights an actor has, of a rank.
+  std::string content_of(const proto::ActorPlan& actor, std::int32_t rank) const {
+    return fmt::format("{} layers {}-{} experts {}-{} of {} drafts {} rank {} of {}",
+                       plan().model_path(), actor.first_layer(), actor.end_layer(),
+                       actor.first_expert(), actor.end_expert(), plan().num_expert_groups(),
+                       plan().draft_tokens(), rank, num_ranks());
+  }
+
+  std::int32_t num_ranks() const {
+    return std::max<std::int32_t>(1, static_cast<std::int32_t>(plan().tensor_ranks()));
   }
 
   /// The kernels count their progress in the activity, so it lives as long as they do.
-  std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse,
-                                         std::uint32_t threads) const {
+  std::shared_ptr<kernels::ops> make_ops(const memory::activity& pulse, std::uint32_t threads,
+                                         std::shared_ptr<kernels::cpu_rank_group> group,
+                                         std::int32_t rank) const {
     threads = std::max<std::uint32_t>(1, threads);
     auto mode = plan().fast_numerics() ? kernels::numerics::fast : kernels::numerics::exact;
-    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter(), mode);
+    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter(), mode,
+                                      std::move(group), rank);
     return {made.release(), [pulse](kernels::ops* owned) { delete owned; }};
   }
 
@@ -54,11 +68,41 @@ struct loader {
     if (!dispatch)
       return tl::unexpected(dispatch.error());
     return std::make_shared<remote_experts>(
-      parts->plane, *s.ops, std::move(*dispatch), std::pair{s.plan.replica(), s.plan.index()},
-      incarnation,
+      parts->plane, *s.ops.front(), std::move(*dispatch),
+      std::pair{s.plan.replica(), s.plan.index()}, incarnation,
       call_limits{std::chrono::milliseconds(plan().recovery_deadline_ms()),
                   std::chrono::milliseconds(plan().dispatch_timeout_ms())},
       s.pulse);
+  }
+
+  /// Before anything is read: whether the GPUs are large enough and, where nothing is kept yet that
+  /// would be used again, whether enough of them is free.
+  expected<void> check_memory() const {
+    for (const auto& device : gpus)
+      if (auto enough = check_memory(*device); !enough)
+        return enough;
+    return {};
+  }
+
+  expected<void> check_memory(gpu& device) const {
+    const auto memory = device.memory();
+    if (!memory)
+      return tl::unexpected(memory.error());
+    const auto kv_tokens = plan().kv_pages() * plan().page_tokens();
+    auto need = device_need_of(assignment.actors(), plan(), config);
+    const auto others = memory->total - memory->free;
+    const bool is_free = memory->kept > 0 || need.total() <= memory->free;
+    need.contexts = 2 * placement::context_bytes; // the keeper's and this process's
+    if (auto ok = placement::check_device(device.name(), need, memory->total, kv_tokens); !ok)
+      return ok;
+    if (is_free)
+      return {};
+    return fail(error_code::resource_exhausted,
+                fmt::format("{} needs {:.2f} GB ({}), and of its {:.1f} GB {:.1f} GB are in use",
+                            device.name(), static_cast<double>(need.total()) / 1e9,
+                            placement::describe(need), static_cast<double>(memory->total) / 1e9,
+                            static_cast<double>(others) / 1e9),
+                "nvidia-smi shows who uses it");
   }
 
   expected<void> load_stage(const proto::ActorPlan& actor) {
@@ -76,20 +120,11 @@ struct loader {
     options.checks_finite = !plan().unprotected();
     if (options.end_layer == config.num_layers)
       options.max_drafts = static_cast<std::int32_t>(plan().draft_tokens());
-    auto loaded = load_with_ops(actor, s.pulse, plan().compute_threads(), [&](auto ops) {
-      s.model = nullptr;
-      s.ops = std::move(ops);
-      auto model = model::stage_model::load(weights, config, options, *s.ops);
-      if (!model)
-        return expected<void>(tl::unexpected(model.error()));
-      s.model = std::move(*model);
-      return expected<void>();
-    });
-    if (!loaded)
+    if (auto loaded = load_ranks(s, options); !loaded)
       return loaded;
-    if (auto attached = device ? map_kv(s) : attach_kv(s); !attached)
+    if (auto attached = gpus.empty() ? attach_kv(s) : map_kv(s); !attached)
       return attached;
-    if (device && plan().num_stages() > 1)
+    if (!gpus.empty() && plan().num_stages() > 1)
       open_boundary(s);
     if (!options.with_local_experts) {
       auto experts = connect_experts(s);
@@ -101,43 +136,98 @@ struct loader {
     return {};
   }
 
+  /// Loads the part of each rank, on its device.
+  expected<void> load_ranks(loaded_stage& s, const model::stage_options& options) const {
+    std::shared_ptr<kernels::cpu_rank_group> cpus;
+    std::shared_ptr<kernels::cuda::gpu_rank_group> group;
+    if (num_ranks() > 1 && gpus.empty())
+      cpus = kernels::make_cpu_rank_group(num_ranks());
+    if (num_ranks() > 1 && !gpus.empty()) {
+      auto joined = gpu::join(gpus, options.max_rows, config.hidden_size);
+      if (!joined)
+        return tl::unexpected(joined.error());
+      group = std::move(*joined);
+    }
+    if (!gpus.empty() && gpus.size() != static_cast<std::size_t>(num_ranks()))
+      return fail(error_code::internal,
+                  fmt::format("{} is to run on {} devices, but this worker has {}", s.plan.id(),
+                              num_ranks(), gpus.size()));
+    std::vector<std::unique_ptr<model::stage_model>> models;
+    for (std::int32_t rank = 0; rank < num_ranks(); ++rank) {
+      auto part = num_ranks() == 1 ? expected<model::model_config>(config)
+                                   : model::rank_config(config, rank, num_ranks());
+      if (!part)
+        return tl::unexpected(part.error());
+      std::shared_ptr<kernels::ops> used;
+      std::unique_ptr<model::stage_model> made;
+      gpu::loading load = [&](std::shared_ptr<kernels::ops> ops) {
+        made = nullptr;
+        used = std::move(ops);
+        auto model = model::stage_model::load(weights, *part, options, *used);
+        if (!model)
+          return expected<void>(tl::unexpected(model.error()));
+        made = std::move(*model);
+        return gpus.empty() ? expected<void>()
+                            : made->rehearse(static_cast<std::int32_t>(plan().kv_pages()),
+                                             static_cast<std::int32_t>(plan().page_tokens()));
+      };
+      auto threads = plan().compute_threads() / static_cast<std::uint32_t>(num_ranks());
+      auto loaded = gpus.empty()
+                      ? load(make_ops(s.pulse, threads, cpus, rank))
+                      : gpus[static_cast<std::size_t>(rank)]->load(
+                        s.plan.id(), content_of(s.plan, rank), {group, rank}, s.pulse, load);
+      if (!loaded)
+        return loaded;
+      s.ops.push_back(std::move(used));
+      models.push_back(std::move(made));
+    }
+    s.model = std::make_shared<model::stage_group>(std::move(models));
+    return {};
+  }
+
+  /// Of one rank.
   std::size_t bytes_of_pages(const loaded_stage& s) const {
     return s.model->kv_bytes(static_cast<std::int32_t>(plan().kv_pages()),
                              static_cast<std::int32_t>(plan().page_tokens()));
   }
 
-  void give_kv(loaded_stage& s, void* pages) const {
+  void give_kv(loaded_stage& s, std::span<void* const> pages) const {
     s.model->attach_kv(pages, static_cast<std::int32_t>(plan().kv_pages()),
                        static_cast<std::int32_t>(plan().page_tokens()));
   }
 
-  /// Pages in the keeper's memory. They have no sums: a GPU's memory has its own (ECC).
+  /// Pages in the keepers' memory. They have no sums: a GPU's memory has its own (ECC).
   expected<void> map_kv(loaded_stage& s) const {
-    auto mapped = device->map_kv(s.plan.id(), bytes_of_pages(s));
-    if (!mapped)
-      return tl::unexpected(mapped.error());
-    s.device_kv = std::move(*mapped);
-    give_kv(s, s.device_kv.get());
+    std::vector<void*> pages;
+    for (const auto& device : gpus) {
+      auto mapped = device->map_kv(s.plan.id(), bytes_of_pages(s));
+      if (!mapped)
+        return tl::unexpected(mapped.error());
+      pages.push_back(mapped->get());
+      s.device_kv.push_back(std::move(*mapped));
+    }
+    give_kv(s, pages);
     return {};
   }
 
   /// What fails here costs time and nothing else: rows go by the host.
   void open_boundary(loaded_stage& s) const {
     proto::DevicePlace block;
-    auto element = kernels::size_of(s.ops->activation_type());
-    if (!s.model->is_last()) {
-      block.set_keeper(assignment.keeper());
+    auto element = kernels::size_of(s.ops.front()->activation_type());
+    if (!s.model->leader().is_last()) {
+      block.set_keeper(assignment.keepers(0));
       block.set_block(s.plan.id() + "/boundary");
       block.set_block_bytes(outbox_bytes(plan().num_stages(), plan().max_batch_tokens(),
                                          static_cast<std::size_t>(config.hidden_size) * element));
     }
-    auto opened = open_gpu_boundary(s.ops, device->name(), s.model->is_last() ? nullptr : &block);
+    auto opened = open_gpu_boundary(s.ops.front(), gpus.front()->name(),
+                                    s.model->leader().is_last() ? nullptr : &block);
     if (!opened) {
       spdlog::warn("{}: hidden rows go by the host: {}", s.plan.id(), opened.error().text());
       return;
     }
     s.boundary = std::move(*opened);
-    if (!s.model->is_last())
+    if (!s.model->leader().is_last())
       s.outbox = std::make_shared<boundary_outbox>(s.boundary, block, incarnation, element);
   }
 
@@ -151,12 +241,16 @@ struct loader {
         return tl::unexpected(segment.error());
       s.kv = std::make_shared<memory::segment>(std::move(*segment));
     }
-    auto needed = bytes_of_pages(s);
+    auto of_rank = bytes_of_pages(s);
+    auto needed = of_rank * s.model->num_ranks();
     if (!s.kv || s.kv->size() < needed)
       return fail(error_code::internal,
                   fmt::format("{} has {} bytes of KV memory where it needs {}", s.plan.id(),
                               s.kv ? s.kv->size() : 0, needed));
-    give_kv(s, s.kv->bytes().data());
+    std::vector<void*> pages;
+    for (std::size_t rank = 0; rank < s.model->num_ranks(); ++rank)
+      pages.push_back(s.kv->bytes().data() + rank * of_rank);
+    give_kv(s, pages);
     make_seals(s, needed);
     return {};
   }
@@ -164,7 +258,8 @@ struct loader {
   /// The sums lie behind the pages.
   void make_seals(loaded_stage& s, std::size_t bytes_of_pages) const {
     memory::page_seals::layout shape;
-    shape.num_layers = static_cast<std::size_t>(s.model->num_kv_layers());
+    shape.num_layers =
+      static_cast<std::size_t>(s.model->leader().num_kv_layers()) * s.model->num_ranks();
     shape.num_pages = plan().kv_pages();
     shape.page_tokens = plan().page_tokens();
     shape.page_bytes = bytes_of_pages / (shape.num_layers * shape.num_pages);
@@ -183,7 +278,7 @@ struct loader {
     g.pulse = std::move(*pulsing);
     model::expert_range range{static_cast<std::int32_t>(actor.first_expert()),
                               static_cast<std::int32_t>(actor.end_expert())};
-    auto loaded = load_with_ops(actor, g.pulse, plan().expert_threads(), [&](auto ops) {
+    auto loaded = load_alone(actor, g.pulse, [&](auto ops) {
       g.experts = nullptr;
       g.ops = std::move(ops);
       auto experts =
@@ -191,7 +286,9 @@ struct loader {
       if (!experts)
         return expected<void>(tl::unexpected(experts.error()));
       g.experts = std::move(*experts);
-      return expected<void>();
+      return !gpus.empty() ? g.experts->rehearse(
+               static_cast<std::int32_t>(plan().max_batch_tokens()), config.num_experts_per_token)
+                           : expected<void>();
     });
     if (!loaded)
       return loaded;
@@ -200,11 +297,26 @@ struct loader {
   }
 };
 
-/// Null for a CPU.
-expected<std::shared_ptr<gpu>> open_device(const proto::WorkerAssignment& assignment) {
+/// None for CPUs.
+expected<std::vector<std::shared_ptr<gpu>>> open_gpus(const proto::WorkerAssignment& assignment) {
+  std::vector<std::shared_ptr<gpu>> result;
   if (!assignment.device().starts_with("cuda:"))
-    return nullptr;
-  return gpu::open(assignment.device(), assignment.keeper());
+    return result;
+  for (const auto& device : placement::devices_of(assignment.device())) {
+    auto index = static_cast<int>(result.size());
+    auto opened =
+      gpu::open(device, index < assignment.keepers_size() ? assignment.keepers(index) : "");
+    if (!opened)
+      return tl::unexpected(opened.error());
+    result.push_back(std::move(*opened));
+  }
+  return result;
+}
+
+bool are_those_of(const std::vector<std::shared_ptr<gpu>>& gpus,
+                  const proto::WorkerAssignment& assignment) {
+  return std::ranges::equal(gpus, placement::devices_of(assignment.device()), {},
+                            [](const auto& one) { return one->name(); });
 }
 
 } // namespace
@@ -220,11 +332,11 @@ expected<prepared_parts> prepare_parts(const proto::WorkerAssignment& assignment
   auto plane = data_plane::prepare(plan.transport_interface(), !plan.unprotected());
   if (!plane)
     return tl::unexpected(plane.error());
-  auto device = open_device(assignment);
-  if (!device)
-    return tl::unexpected(device.error());
+  auto gpus = open_gpus(assignment);
+  if (!gpus)
+    return tl::unexpected(gpus.error());
   return prepared_parts{std::move(*config), std::move(*weights), std::move(*plane),
-                        std::move(*device)};
+                        std::move(*gpus)};
 }
 
 expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
@@ -238,16 +350,17 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
            std::move(prepared.config),
            std::move(prepared.weights),
            std::make_shared<worker_parts>(),
-           nullptr};
+           std::move(prepared.gpus)};
   l.parts->plane = std::move(prepared.plane);
-  l.device = std::move(prepared.device);
-  if (l.device && l.device->name() != assignment.device()) {
-    // A standby that had prepared for another GPU of its node.
-    auto device = open_device(assignment);
-    if (!device)
-      return tl::unexpected(device.error());
-    l.device = std::move(*device);
+  if (!l.gpus.empty() && !are_those_of(l.gpus, assignment)) {
+    // A standby that had prepared for other GPUs of its node.
+    auto gpus = open_gpus(assignment);
+    if (!gpus)
+      return tl::unexpected(gpus.error());
+    l.gpus = std::move(*gpus);
   }
+  if (auto enough = l.check_memory(); !enough)
+    return tl::unexpected(enough.error());
   for (const auto& actor : assignment.actors()) {
     auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
     if (!loaded)

@@ -9,7 +9,7 @@
 #include "troupe/memory/segment.hpp"
 #include "troupe/model/expert_group_model.hpp"
 #include "troupe/model/model_config.hpp"
-#include "troupe/model/stage_model.hpp"
+#include "troupe/model/stage_group.hpp"
 #include "troupe/model/tensor_source.hpp"
 #include "troupe/actors/remote_experts.hpp"
 #include "cluster.pb.h"
@@ -22,10 +22,10 @@ namespace troupe::actors {
 /// What a stage computes with. Members are destroyed in reverse: `ops` last.
 struct loaded_stage {
   proto::ActorPlan plan;
-  std::shared_ptr<kernels::ops> ops;
-  std::shared_ptr<memory::segment> kv; ///< on a CPU
-  std::shared_ptr<void> device_kv;     ///< on a GPU
-  std::shared_ptr<model::stage_model> model;
+  std::vector<std::shared_ptr<kernels::ops>> ops; ///< by rank, one a device
+  std::shared_ptr<memory::segment> kv;            ///< on CPUs: the pages of rank 0, then of rank 1
+  std::vector<std::shared_ptr<void>> device_kv;   ///< on GPUs, by rank
+  std::shared_ptr<model::stage_group> model;
   std::shared_ptr<remote_experts> experts;   ///< null where the stage has its own
   memory::activity pulse;                    ///< of its computing thread
   std::shared_ptr<memory::page_seals> seals; ///< null where the KV memory has no room for them
@@ -52,8 +52,8 @@ struct worker_parts {
 struct prepared_parts {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
-  std::shared_ptr<data_plane> plane; ///< open, not yet named
-  std::shared_ptr<gpu> device;       ///< null on a CPU
+  std::shared_ptr<data_plane> plane;      ///< open, not yet named
+  std::vector<std::shared_ptr<gpu>> gpus; ///< none on CPUs
 };
 
 /// Reads the model's configuration, maps its files, opens the transport and, where the assignment

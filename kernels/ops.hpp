@@ -25,6 +25,9 @@ std::size_t size_of(element_type type);
 /// Bytes of a row of a weight. Rows of i4 begin with a byte of their own.
 std::size_t row_bytes(element_type type, std::int32_t num_cols);
 
+/// How the elements of a made-up weight come about (made_weight.hpp).
+struct weight_recipe;
+
 /// A weight as the checkpoint stores it: row-major [num_rows (out), num_cols (in)].
 /// The element (r, c) stands for `data[r, c] * scales[r / block_rows, c / block_cols]`,
 /// or for `data[r, c]` where there are no scales. Weights of type i8 are signed bytes; scaled by
@@ -41,6 +44,9 @@ struct weight_matrix {
   std::int32_t block_cols = 128;
   const std::uint8_t* zeros = nullptr; ///< i4 only: as many as scales
   const void* packed = nullptr;        ///< what `ops::place` made of it, for that object alone
+  /// Instead of data and scales, for a `place` that reads it: how to make them. Blocks do not reach
+  /// across those of the recipe.
+  const weight_recipe* recipe = nullptr;
 };
 
 /// How the CPU rounds activations before a product with a weight. `exact` keeps them in float32;
@@ -56,6 +62,13 @@ enum class weight_use : std::uint8_t {
   /// it to 8 bit, by row and group of 128.
   narrow_product,
   stored, ///< embed, route, vectors: used as it is
+};
+
+/// What `ops::place` reads of a weight.
+enum class weight_reading : std::uint8_t {
+  elements, ///< its elements and scales
+  recipes,  ///< the same, or its recipe where it has one
+  shapes,   ///< its type and shape alone: a predecessor has placed what is to be placed
 };
 
 /// Rows of activations in device memory, elements of `ops::activation_type()`.
@@ -203,6 +216,9 @@ public:
   virtual weight_matrix place(const weight_matrix& weight,
                               weight_use use = weight_use::product) = 0;
 
+  /// What `place` reads of a weight. Who has trouble with the rest may leave it out.
+  virtual weight_reading reads_of_weights() const { return weight_reading::elements; }
+
   /// What the device failed of, for good: from then on results mean nothing, and the process has to
   /// be replaced. Empty while it works.
   virtual const std::string& failure() const = 0;
@@ -312,6 +328,10 @@ public:
   /// member that does not come within the deadline of its group is a failure of the device. Of a
   /// device that computes alone: nothing.
   virtual void all_reduce(const rows_view& x) = 0;
+
+  /// From a call with true to one with false, a device that computes together with others computes
+  /// alone: `all_reduce` does nothing. For finding out whether it has all the memory that it needs.
+  virtual void rehearse(bool /*alone*/) {}
 
   /// out = silu(gate) * up, element by element; out may be gate or up.
   virtual void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) = 0;

@@ -587,7 +587,7 @@ void cpu_ops::clear(const rows_view& x) {
 }
 
 void cpu_ops::all_reduce(const rows_view& x) {
-  if (group_ == nullptr || !failure_.empty()) {
+  if (group_ == nullptr || is_alone_ || !failure_.empty()) {
     return;
   }
   failure_ = group_->add_up(rank_, x);

@@ -62,6 +62,7 @@ public:
                          const rows_view& out) override;
   void clear(const rows_view& x) override;
   void all_reduce(const rows_view& x) override;
+  void rehearse(bool alone) override { is_alone_ = alone; }
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
   void add_bias(const rows_view& x, const float* bias) override;
@@ -130,6 +131,7 @@ private:
   std::atomic<std::uint64_t>* progress_;
   std::shared_ptr<cpu_rank_group> group_; ///< null: alone
   std::int32_t rank_ = 0;
+  bool is_alone_ = false; ///< it rehearses
   thread_pool pool_;
   std::vector<thread_memory> memory_; // [threads]
   scratch<float> padded_input_;

@@ -48,8 +48,15 @@ std::string pci_bus_id(std::int32_t device) {
 
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress,
-                                       std::shared_ptr<weight_memory> weights) {
-  auto result = std::make_unique<cuda_ops>(device, progress, std::move(weights));
+                                       std::shared_ptr<weight_memory> weights,
+                                       std::shared_ptr<gpu_rank_group> group, std::int32_t rank) {
+  auto ranks = std::static_pointer_cast<rank_group>(std::move(group));
+  if (ranks != nullptr && (rank < 0 || rank >= ranks->size() || ranks->device(rank) != device)) {
+    error = "cuda:" + std::to_string(device) + " is not that of rank " + std::to_string(rank);
+    return nullptr;
+  }
+  auto result =
+    std::make_unique<cuda_ops>(device, progress, std::move(weights), std::move(ranks), rank);
   if (!result->failure().empty()) {
     error = result->failure();
     return nullptr;
@@ -58,8 +65,11 @@ std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
 }
 
 cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
-                   std::shared_ptr<weight_memory> weights)
-  : gpu_(device),
+                   std::shared_ptr<weight_memory> weights, std::shared_ptr<rank_group> group,
+                   std::int32_t rank)
+  : group_(std::move(group)),
+    rank_(rank),
+    gpu_(device),
     stream_(gpu_.stream()),
     progress_(progress == nullptr ? &unwatched_ : progress),
     pool_(gpu_, kSlabBytes),
@@ -91,9 +101,16 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
   counters_ = allocate((kMixedRows + 1) * sizeof(std::int32_t));
 }
 
+cuda_ops::~cuda_ops() {
+  if (group_ != nullptr) {
+    gpu_.synchronise(); // what is queued uses the memory of the group
+  }
+}
+
 bool cuda_ops::begin(std::int32_t num_rows) {
   tick();
   gpu_.stream();
+  check_group();
   return gpu_.ok() && num_rows > 0;
 }
 
@@ -109,8 +126,15 @@ void cuda_ops::launched(const char* what) {
   gpu_.check(cudaGetLastError(), what);
 }
 
+void cuda_ops::check_group() {
+  if (group_ != nullptr && gpu_.ok() && group_->has_failed(rank_)) {
+    gpu_.fail(group_->failure(rank_));
+  }
+}
+
 void cuda_ops::synchronise() {
   gpu_.synchronise();
+  check_group();
   tick();
 }
 
@@ -122,11 +146,17 @@ void cuda_ops::break_down() {
   }
 }
 
-device_memory cuda_ops::memory() const {
+device_memory memory_of(std::int32_t device) {
   device_memory result;
-  cudaSetDevice(gpu_.device());
-  cudaMemGetInfo(&result.free_bytes, &result.total_bytes);
+  if (cudaSetDevice(device) != cudaSuccess
+      || cudaMemGetInfo(&result.free_bytes, &result.total_bytes) != cudaSuccess) {
+    cudaGetLastError();
+  }
   return result;
+}
+
+device_memory cuda_ops::memory() const {
+  return memory_of(gpu_.device());
 }
 
 std::shared_ptr<void> cuda_ops::allocate(std::size_t bytes) {
@@ -188,7 +218,16 @@ void cuda_ops::clear(const rows_view& x) {
   }
 }
 
-void cuda_ops::all_reduce(const rows_view&) {}
+void cuda_ops::all_reduce(const rows_view& x) {
+  if (group_ == nullptr || is_alone_ || !begin(x.num_rows)) {
+    return;
+  }
+  const trace range("all-reduce");
+  if (!group_->add_up(stream_, rank_, as_bf16(x))) {
+    gpu_.fail("rows of " + std::to_string(x.num_cols) + " columns are too wide for the group");
+  }
+  launched("all_reduce");
+}
 
 void cuda_ops::rms_norm(const rows_view& x, const float* weight, float epsilon,
                         const rows_view& out) {

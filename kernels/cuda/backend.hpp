@@ -8,6 +8,7 @@
 #include "troupe/kernels/cuda/context.hpp"
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 #include "troupe/kernels/cuda/kernels.hpp"
+#include "troupe/kernels/cuda/rank_group.hpp"
 #include "troupe/kernels/cuda/recording.hpp"
 
 namespace troupe::kernels::cuda {
@@ -24,12 +25,17 @@ struct placed_weight {
 class cuda_ops final : public gpu_ops {
 public:
   cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
-           std::shared_ptr<weight_memory> weights);
+           std::shared_ptr<weight_memory> weights, std::shared_ptr<rank_group> group,
+           std::int32_t rank);
+  ~cuda_ops() override;
 
   const char* description() const override { return description_.c_str(); }
   element_type activation_type() const override { return element_type::bf16; }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
   weight_matrix place(const weight_matrix& weight, weight_use use) override;
+  weight_reading reads_of_weights() const override {
+    return weights_are_there_ ? weight_reading::shapes : weight_reading::recipes;
+  }
   void copy_to_host(const rows_view& from, void* to) override;
   void copy_from_host(const void* from, const rows_view& to) override;
   void embed(const weight_matrix& table, std::span<const std::int32_t> ids,
@@ -64,6 +70,7 @@ public:
                          const rows_view& out) override;
   void clear(const rows_view& x) override;
   void all_reduce(const rows_view& x) override;
+  void rehearse(bool alone) override { is_alone_ = alone; }
   void swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) override;
   void add(const rows_view& x, const rows_view& delta) override;
   void add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight, float epsilon,
@@ -89,6 +96,7 @@ public:
   const std::string& failure() const override { return gpu_.failure(); }
   void break_down() override;
   device_memory memory() const override;
+  bool has_run_out() const override { return gpu_.has_run_out(); }
   void* stream() const override { return stream_; }
   std::uint64_t num_repeated_steps() const override { return steps_.num_repeated(); }
   void leave_rows(const rows_view& from, std::uint64_t oldest, void* block,
@@ -108,12 +116,18 @@ private:
   /// The same for what waits for the device, which a recorded step cannot.
   bool begin_waiting(std::int32_t num_rows = 1);
   void launched(const char* what);
+  /// Takes over what the kernels of this rank have noted.
+  void check_group();
   void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
 
   std::shared_ptr<void> take_weight(std::size_t bytes);
   std::shared_ptr<void> upload_weight(const void* from, std::size_t bytes);
+  std::shared_ptr<void> place_scales(const weight_matrix& weight);
+  template <class Use>
+  void stage(const weight_matrix& weight, const weight_matrix& on_device, const Use& use);
   std::int32_t* next_nan_note();
-  bool pack(const weight_matrix& on_device, const packed_matrix& to, std::int32_t* note);
+  bool pack(const weight_matrix& weight, const weight_matrix& on_device, const packed_matrix& to,
+            std::int32_t* note);
   void choose_packing(const weight_matrix& weight, packed_matrix& to) const;
   weight_matrix place_rows(const weight_matrix& weight, const weight_matrix& on_device);
   const packed_matrix& packed(const weight_matrix& w) const;
@@ -152,6 +166,8 @@ private:
   };
   const expert_table* find_experts(std::span<const expert_weights> experts);
 
+  std::shared_ptr<rank_group> group_; ///< null: computes alone
+  std::int32_t rank_;
   context gpu_;
   cudaStream_t stream_;
   std::atomic<std::uint64_t> unwatched_{0};
@@ -168,6 +184,7 @@ private:
   std::shared_ptr<void> flag_;     ///< one number
   std::shared_ptr<void> counters_; ///< of mixture_router
   std::vector<std::unique_ptr<placed_weight>> weights_;
+  bool is_alone_ = false;  ///< it rehearses
   bool weights_are_there_; ///< a predecessor has placed them
   std::shared_ptr<void>
     nan_table_; ///< of the device: for each product weight, whether it holds NaN

@@ -55,6 +55,12 @@ bool context::check(cudaError_t status, const char* what) {
   return failure_.empty();
 }
 
+void context::fail(const std::string& why) {
+  if (failure_.empty()) {
+    failure_ = "cuda:" + std::to_string(device_) + ": " + why;
+  }
+}
+
 bool context::synchronise() {
   if (is_recording_) {
     spoil_recording("it waits for the device");
@@ -85,12 +91,17 @@ std::shared_ptr<void> device_pool::new_slab(std::size_t bytes) {
     return nullptr;
   }
   if (source_ != nullptr) {
-    return source_->piece(num_slabs_++, bytes);
+    auto piece = source_->piece(num_slabs_++, bytes);
+    if (piece == nullptr) {
+      gpu_.run_out();
+    }
+    return piece;
   }
   void* memory = nullptr;
   // Too little memory is an answer, not a failure of the device.
   if (cudaMalloc(&memory, bytes) != cudaSuccess) {
     cudaGetLastError();
+    gpu_.run_out();
     return nullptr;
   }
   return {memory, [](void* at) { cudaFree(at); }};

@@ -37,8 +37,15 @@ public:
   /// Keeps the first failure. True if there is none.
   bool check(cudaError_t status, const char* what);
 
+  /// Keeps a failure that the driver does not know of, if it is the first.
+  void fail(const std::string& why);
+
   /// Waits for everything queued.
   bool synchronise();
+
+  /// Somebody was refused memory.
+  bool has_run_out() const { return has_run_out_; }
+  void run_out() { has_run_out_ = true; }
 
   /// While a step is recorded (recording.hpp), nothing may wait, move memory or upload. Who has to
   /// says so instead of doing it, and the recording is thrown away. Nothing that is queued
@@ -58,6 +65,7 @@ private:
   std::int32_t device_;
   std::int32_t num_multiprocessors_ = 1;
   bool is_hopper_ = false;
+  bool has_run_out_ = false;
   std::string name_;
   std::string failure_;
   cudaStream_t stream_ = nullptr;

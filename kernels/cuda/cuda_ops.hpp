@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -25,6 +26,9 @@ struct device_memory {
   std::size_t total_bytes = 0;
 };
 
+/// Of a GPU as it is now, whoever uses it.
+device_memory memory_of(std::int32_t device);
+
 /// How rows are that were fetched from a block. `gone`: the block did not hold the rows of this
 /// ticket until the copy was done, or the GPU failed; what arrived may be anything.
 enum class fetched_rows : std::uint8_t { whole, gone, not_finite };
@@ -45,6 +49,9 @@ public:
 
   virtual device_memory memory() const = 0;
 
+  /// Memory was asked for that the GPU did not have, whatever became of it.
+  virtual bool has_run_out() const = 0;
+
   /// Calls of `step` that repeated what an earlier one had recorded. TROUPE_CUDA_GRAPHS=off in the
   /// environment keeps an object from recording.
   virtual std::uint64_t num_repeated_steps() const = 0;
@@ -64,11 +71,33 @@ public:
                                   const rows_view& to) = 0;
 };
 
+/// What the ranks of a tensor-parallel group on GPUs share: memory of each GPU that all of them
+/// reach, and who has waited for whom in vain. The first rank that waits for another beyond the
+/// deadline ends the group: `failure` of every rank says so, and nothing waits any more.
+class gpu_rank_group {
+public:
+  virtual ~gpu_rank_group() = default;
+  virtual std::int32_t size() const = 0;
+};
+
+/// A group whose rank r computes on devices[r]; ranks may share a GPU, which is of use for tests
+/// alone. max_rows x num_cols: the largest rows that `all_reduce` is given as a rule; larger ones
+/// are added up in several parts. The deadline is for the time from when one rank comes to when the
+/// last one does. Null with the cause in `error`.
+std::shared_ptr<gpu_rank_group>
+make_gpu_rank_group(std::span<const std::int32_t> devices, std::int32_t max_rows,
+                    std::int32_t num_cols, std::string& error,
+                    std::chrono::milliseconds deadline = std::chrono::seconds(2));
+
 /// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
 /// object, is counted up with every operation and every wait that ended. Weights are placed in
-/// memory of this process, or in `weights` if that is given.
+/// memory of this process, or in `weights` if that is given. With a group it computes together
+/// with the group's other members, as the one of this rank; each rank is used by a thread of its
+/// own, and there is one object a rank at a time.
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress = nullptr,
-                                       std::shared_ptr<weight_memory> weights = nullptr);
+                                       std::shared_ptr<weight_memory> weights = nullptr,
+                                       std::shared_ptr<gpu_rank_group> group = nullptr,
+                                       std::int32_t rank = 0);
 
 } // namespace troupe::kernels::cuda

@@ -331,9 +331,10 @@ void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int
 }
 
 void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes) {
-  copy_pieces<<<4096, kThreads, 0, stream>>>(static_cast<const uint4*>(from),
-                                             static_cast<uint4*>(to),
-                                             static_cast<std::int64_t>(bytes / 16));
+  const auto count = static_cast<std::int64_t>(bytes / 16);
+  const auto blocks = std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, 4096);
+  copy_pieces<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+    static_cast<const uint4*>(from), static_cast<uint4*>(to), count);
 }
 
 void launch_pad(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_groups,

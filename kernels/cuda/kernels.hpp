@@ -44,6 +44,9 @@ struct device_pages {
 
 // Weights (pack.cu).
 
+/// Makes `to.data` and, of a quantized weight, `to.scales` from a recipe.
+void launch_make(cudaStream_t stream, const weight_recipe& recipe, const weight_matrix& to);
+
 /// Writes `to.data` from a weight in device memory. `found` is set to 1 where an f8 weight holds a
 /// NaN, which the product kernels do not know.
 void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_matrix& to,

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cassert>
+#include <numeric>
 
 #include "troupe/kernels/cuda/trace.hpp"
+#include "troupe/kernels/made_weight.hpp"
 
 /// Weights and products of cuda_ops.
 namespace troupe::kernels::cuda {
@@ -18,6 +20,22 @@ constexpr std::int32_t kFewRows = 32;
 
 /// Product weights whose notes share a table.
 constexpr std::size_t kNotes = 16384;
+
+/// Of a weight, what is brought to the device at once, unless its scales want more rows.
+constexpr std::size_t kStagedBytes = std::size_t{64} << 20;
+
+bool is_scaled(const weight_matrix& w) {
+  return w.scales != nullptr || (w.recipe != nullptr && w.recipe->block_rows > 0);
+}
+
+/// Rows of a weight that are brought to the device at once: whole tiles, and whole blocks of rows
+/// that share a scale.
+std::int32_t staged_rows(const weight_matrix& w) {
+  const bool blocks_matter = is_scaled(w) && w.block_rows < w.num_rows;
+  const auto unit = blocks_matter ? std::lcm(kTileRows, w.block_rows) : kTileRows;
+  const auto unit_bytes = unit * std::max<std::size_t>(row_bytes(w.type, w.num_cols), 1);
+  return static_cast<std::int32_t>(std::max<std::size_t>(kStagedBytes / unit_bytes, 1)) * unit;
+}
 
 std::size_t num_scales(const weight_matrix& w) {
   return static_cast<std::size_t>(ceil_div(w.num_rows, w.block_rows))
@@ -73,11 +91,50 @@ void cuda_ops::choose_packing(const weight_matrix& weight, packed_matrix& to) co
   to.num_chunks = num_chunks(to.type, weight.num_cols);
 }
 
+std::shared_ptr<void> cuda_ops::place_scales(const weight_matrix& weight) {
+  const auto bytes = num_scales(weight) * sizeof(float);
+  return weight.recipe != nullptr ? take_weight(bytes) : upload_weight(weight.scales, bytes);
+}
+
+/// Brings a weight to the device some rows at a time, as it is stored, so that little room is
+/// needed, and hands them on: use(rows, number of the first).
+template <class Use>
+void cuda_ops::stage(const weight_matrix& weight, const weight_matrix& on_device, const Use& use) {
+  const auto step = staged_rows(weight);
+  const auto width = row_bytes(weight.type, weight.num_cols);
+  for (std::int32_t first = 0; first < weight.num_rows; first += step) {
+    auto rows = on_device;
+    rows.num_rows = std::min(step, weight.num_rows - first);
+    const auto bytes = rows.num_rows * width;
+    auto* raw = staging_.take<std::byte>(std::max(bytes, kStagedBytes));
+    if (!gpu_.ok()) {
+      return;
+    }
+    rows.data = raw;
+    const auto skipped = static_cast<std::size_t>(first / weight.block_rows)
+                         * ceil_div(weight.num_cols, weight.block_cols);
+    rows.scales = on_device.scales == nullptr ? nullptr : on_device.scales + skipped;
+    rows.zeros = on_device.zeros == nullptr ? nullptr : on_device.zeros + skipped;
+    if (weight.recipe != nullptr) {
+      auto recipe = *weight.recipe;
+      recipe.first_row += first;
+      launch_make(stream_, recipe, rows);
+      launched("making of a weight");
+    } else {
+      const auto* from = static_cast<const std::byte*>(weight.data) + first * width;
+      gpu_.check(cudaMemcpyAsync(raw, from, bytes, cudaMemcpyHostToDevice, stream_),
+                 "upload of a weight");
+    }
+    use(rows, first);
+  }
+}
+
 weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_matrix& on_device) {
   auto placed = std::make_unique<placed_weight>();
   const auto count = static_cast<std::size_t>(weight.num_rows) * weight.num_cols;
   const bool keeps_type = weight.type == element_type::f32 && weight.scales == nullptr;
   weight_matrix result = weight;
+  result.recipe = nullptr;
   result.type = keeps_type ? element_type::f32 : element_type::bf16;
   result.scales = nullptr;
   result.zeros = nullptr;
@@ -85,15 +142,19 @@ weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_mat
   if (placed->data == nullptr) {
     return result;
   }
-  if (weights_are_there_) {
-    // As its predecessor left it.
-  } else if (keeps_type) {
-    gpu_.check(cudaMemcpyAsync(placed->data.get(), on_device.data, count * sizeof(float),
-                               cudaMemcpyDeviceToDevice, stream_),
-               "copy of a weight");
-  } else {
-    launch_expand(stream_, on_device, static_cast<bf16*>(placed->data.get()));
-    launched("expansion of a weight");
+  if (!weights_are_there_) { // else it is as its predecessor left it
+    stage(weight, on_device, [&](const weight_matrix& rows, std::int32_t first) {
+      const auto at = static_cast<std::size_t>(first) * weight.num_cols;
+      auto* to = static_cast<std::byte*>(placed->data.get()) + at * size_of(result.type);
+      if (keeps_type) {
+        const auto bytes = static_cast<std::size_t>(rows.num_rows) * rows.num_cols * sizeof(float);
+        gpu_.check(cudaMemcpyAsync(to, rows.data, bytes, cudaMemcpyDeviceToDevice, stream_),
+                   "copy of a weight");
+      } else {
+        launch_expand(stream_, rows, reinterpret_cast<bf16*>(to));
+        launched("expansion of a weight");
+      }
+    });
   }
   result.data = placed->data.get();
   weights_.push_back(std::move(placed));
@@ -120,7 +181,8 @@ std::int32_t* cuda_ops::next_nan_note() {
 }
 
 /// Packs a weight. False if it holds NaN, which only bf16 can say; the note then says so too.
-bool cuda_ops::pack(const weight_matrix& on_device, const packed_matrix& to, std::int32_t* note) {
+bool cuda_ops::pack(const weight_matrix& weight, const weight_matrix& on_device,
+                    const packed_matrix& to, std::int32_t* note) {
   const bool is_bf16 = to.type == packed_type::bf16;
   if (weights_are_there_) {
     return is_bf16 || known_nans_[note - static_cast<std::int32_t*>(nan_table_.get())] == 0;
@@ -128,8 +190,13 @@ bool cuda_ops::pack(const weight_matrix& on_device, const packed_matrix& to, std
   auto* found = is_bf16 ? static_cast<std::int32_t*>(flag_.get()) : note;
   std::int32_t has_nan = 0;
   gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
-  launch_pack(stream_, on_device, to, found);
-  launched("packing of a weight");
+  stage(weight, on_device, [&](const weight_matrix& rows, std::int32_t first) {
+    auto part = to;
+    part.data = static_cast<const std::byte*>(to.data) + packed_bytes(first, to.num_chunks);
+    part.num_rows = rows.num_rows;
+    launch_pack(stream_, rows, part, found);
+    launched("packing of a weight");
+  });
   gpu_.check(cudaMemcpyAsync(&has_nan, found, sizeof(has_nan), cudaMemcpyDeviceToHost, stream_),
              "copy of a flag");
   synchronise();
@@ -139,24 +206,14 @@ bool cuda_ops::pack(const weight_matrix& on_device, const packed_matrix& to, std
 weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
   weight_matrix result = weight;
   result.packed = nullptr;
+  result.recipe = nullptr;
   if (!begin(weight.num_rows)) {
     return result;
   }
-  weight_matrix on_device = weight;
-  if (!weights_are_there_) {
-    const auto bytes =
-      static_cast<std::size_t>(weight.num_rows) * row_bytes(weight.type, weight.num_cols);
-    auto* raw = staging_.take<std::byte>(bytes);
-    if (!gpu_.ok()) {
-      return result;
-    }
-    gpu_.check(cudaMemcpyAsync(raw, weight.data, bytes, cudaMemcpyHostToDevice, stream_),
-               "upload of a weight");
-    on_device.data = raw;
-  }
   auto placed = std::make_unique<placed_weight>();
-  if (weight.scales != nullptr) {
-    placed->scales = upload_weight(weight.scales, num_scales(weight) * sizeof(float));
+  weight_matrix on_device = weight;
+  if (is_scaled(weight)) {
+    placed->scales = place_scales(weight);
     on_device.scales = static_cast<const float*>(placed->scales.get());
   }
   if (weight.zeros != nullptr) {
@@ -169,7 +226,7 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
     return result;
   }
   auto& packed = placed->packed;
-  choose_packing(weight, packed);
+  choose_packing(on_device, packed);
   auto* note = next_nan_note();
   if (note == nullptr) {
     return result;
@@ -180,7 +237,7 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
       return result;
     }
     packed.data = placed->data.get();
-    done = pack(on_device, packed, note);
+    done = pack(weight, on_device, packed, note);
     if (!done) {
       packed = {};
       packed.num_rows = weight.num_rows;
@@ -464,6 +521,13 @@ void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
     return;
   }
   const auto& one = experts[tasks.front().expert];
+  if (gpu_.is_hopper()) {
+    // As if every run that is packed ended in a group of its own: how tasks are spread over experts
+    // does not decide whether memory moves.
+    const auto most_slots = static_cast<std::size_t>(num_tasks + 7 * (num_tasks / kWideFrom));
+    const auto width = ceil_div(std::max(x.num_cols, widest), kBlockCols) * kBlockCols;
+    packed_rows_.take<bf16>((most_slots + 8 * kSpareGroups) * width);
+  }
 
   linear_args args;
   if (!slots_.empty()) {

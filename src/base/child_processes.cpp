@@ -6,18 +6,21 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <future>
 #include <iterator>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/eventfd.h>
@@ -111,9 +114,28 @@ char task_state(pid_t process, pid_t thread) {
                                                                             : text[behind_name + 2];
 }
 
+std::optional<int> ending_status(pid_t process) {
+  // proc(5), /proc/pid/stat: the 52nd field and last one, of which the name in brackets is the 2nd.
+  std::ifstream file(fmt::format("/proc/{}/stat", process));
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  auto begin = text.find_last_of(' ');
+  if (begin == std::string::npos
+      || std::count(text.begin() + text.rfind(')'), text.end(), ' ') != 50)
+    return std::nullopt;
+  auto status = std::atoi(text.c_str() + begin);
+  return status == 0 ? std::nullopt : std::optional(status);
+}
+
 std::string child_exit::text() const {
+  if (!is_status_known)
+    return "ended";
   return signalled ? fmt::format("killed by signal {}", status)
                    : fmt::format("exited with code {}", status);
+}
+
+void child_exit::take(int wait_status) {
+  signalled = WIFSIGNALED(wait_status);
+  status = signalled ? WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
 }
 
 struct child_processes::state {
@@ -122,6 +144,9 @@ struct child_processes::state {
     pid_t pid = 0;
     unique_fd pidfd;
     bool reported = true;
+    std::uint64_t number = 0; ///< of all that were started
+    std::shared_ptr<life_line> life;
+    std::thread listener; ///< waits for the loss of `life`
   };
 
   exit_callback on_exit;
@@ -129,7 +154,8 @@ struct child_processes::state {
   std::mutex mutex; // guards commands and stopping
   std::vector<std::function<void()>> commands;
   bool stopping = false;
-  std::vector<child> children; // of the watching thread only
+  std::vector<child> children; // of the watching thread only, like the next one
+  std::uint64_t num_started = 0;
   std::thread thread;
 
   void wake() {
@@ -219,8 +245,56 @@ struct child_processes::state {
       return fail(error_code::resource_exhausted,
                   fmt::format("pidfd of {}: {}", spec.name, reason));
     }
-    children.push_back({spec.name, pid, std::move(pidfd), true});
+    auto& started = children.emplace_back();
+    started.name = spec.name;
+    started.pid = pid;
+    started.pidfd = std::move(pidfd);
+    started.number = ++num_started;
+    if (spec.life)
+      listen(started, std::move(spec.life));
     return pid;
+  }
+
+  void listen(child& c, std::shared_ptr<life_line> life) {
+    auto wait = [this, life, number = c.number] {
+      ::pthread_setname_np(::pthread_self(), "life line");
+      if (!life->wait())
+        return;
+      auto now = std::chrono::steady_clock::now();
+      post([this, number, now] { lose(number, now); });
+    };
+    // Signals are handled by the threads that expect them.
+    sigset_t all;
+    sigset_t before;
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      c.listener = std::thread(std::move(wait));
+      c.life = std::move(life);
+    } catch (const std::system_error& e) {
+      spdlog::warn("the end of {} will be heard of late: {}", c.name, e.what());
+    }
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  /// A child is as good as dead; where only a part of it is, all of it has to be.
+  void lose(std::uint64_t number, std::chrono::steady_clock::time_point detected) {
+    for (const auto& c : children) {
+      if (c.number != number)
+        continue;
+      child_exit e;
+      auto status = ending_status(c.pid);
+      ::syscall(SYS_pidfd_send_signal, c.pidfd.get(), SIGKILL, nullptr, 0);
+      e.name = c.name;
+      e.pid = c.pid;
+      e.detected = detected;
+      e.is_gone = false;
+      e.is_status_known = status.has_value();
+      e.take(status.value_or(0));
+      if (c.reported)
+        on_exit(e);
+      return;
+    }
   }
 
   void reap(std::size_t index) {
@@ -232,8 +306,11 @@ struct child_processes::state {
     e.detected = std::chrono::steady_clock::now();
     int status = 0;
     ::waitpid(c.pid, &status, 0);
-    e.signalled = WIFSIGNALED(status);
-    e.status = e.signalled ? WTERMSIG(status) : WEXITSTATUS(status);
+    e.take(status);
+    if (c.life) {
+      c.life->close();
+      c.listener.join();
+    }
     if (c.reported)
       on_exit(e);
   }

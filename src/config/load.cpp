@@ -232,8 +232,7 @@ void check_device_kinds(section& root, const cluster_config& config) {
 void read_parallel(section from, parallel_settings& parallel) {
   from.read_number("data", parallel.data, 1, 256);
   from.read_number("pipeline", parallel.pipeline, 1, 256);
-  if (from.read_number("tensor", parallel.tensor, 1, 64) && parallel.tensor > 1)
-    from.refuse("tensor", fmt::format("{} {}; write 1", parallel.tensor, not_yet));
+  from.read_number("tensor", parallel.tensor, 1, 8);
   from.read_number("expert_groups", parallel.expert_groups, 0, 1024);
   from.read_number("expert_replicas", parallel.expert_replicas, 1, 16);
   from.done();

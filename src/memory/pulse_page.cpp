@@ -25,7 +25,7 @@ namespace troupe::memory {
 namespace {
 
 constexpr std::uint64_t page_magic = 0x45534c5550505254; // "TRPPULSE" in memory
-constexpr std::uint32_t page_version = 2;
+constexpr std::uint32_t page_version = 3;
 constexpr std::size_t cache_line = 64;
 
 /// A counter on a cache line of its own.
@@ -52,6 +52,7 @@ struct pulse_page::mapping {
     counter beat;
     counter beat_thread; // its id
     counter control;
+    alignas(cache_line) life_line life;
     std::array<activity::line, pulse::max_activities> activities;
   };
 
@@ -117,6 +118,10 @@ int pulse_page::fd() const {
   return mapped_->fd.get();
 }
 
+std::shared_ptr<life_line> pulse_page::life() const {
+  return {mapped_, &mapped_->page->life};
+}
+
 void pulse_page::sample(pulse_sample& into) const {
   const auto& page = *mapped_->page;
   into.beat = page.beat.value.load(std::memory_order_relaxed);
@@ -144,6 +149,7 @@ void pulse_page::reset() {
     line.progress.store(0, std::memory_order_relaxed);
     line.name.fill('\0');
   }
+  page.life.reset();
   page.control.value.store(0, std::memory_order_relaxed);
   page.beat.value.store(0, std::memory_order_release);
 }
@@ -186,6 +192,7 @@ struct pulse::state {
 
 void pulse::state::run() {
   ::pthread_setname_np(::pthread_self(), "pulse");
+  const life_line::holder life(mapped->page->life);
   auto& beat = mapped->page->beat.value;
   mapped->page->beat_thread.value.store(static_cast<std::uint64_t>(::gettid()),
                                         std::memory_order_relaxed);
@@ -267,6 +274,11 @@ void pulse::answered() {
   while (answers != 0
          && !control.compare_exchange_weak(answers, answers + 1, std::memory_order_relaxed))
     ;
+}
+
+void pulse::leave() {
+  if (state_->mapped)
+    state_->mapped->page->life.let_go();
 }
 
 expected<activity> pulse::add(std::string_view name) {

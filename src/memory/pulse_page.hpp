@@ -1,6 +1,7 @@
 #pragma once
 
 #include "troupe/base/error.hpp"
+#include "troupe/base/life_line.hpp"
 
 #include <atomic>
 #include <chrono>
@@ -49,6 +50,9 @@ public:
   ~pulse_page();
 
   int fd() const;
+
+  /// Held by the thread that beats; keeps the page mapped.
+  std::shared_ptr<life_line> life() const;
 
   /// The parent's side. Allocation-free once `into` has its size. Believes nothing that a process
   /// gone mad may have written.
@@ -106,6 +110,10 @@ public:
   void on_beat(std::function<void()> knock);
   /// Any thread.
   void answered();
+
+  /// The process is about to end in good order: its parent will hear of it when it is gone, and not
+  /// by its life line. Any thread.
+  void leave();
 
   /// Any thread. Fails with resource_exhausted after max_activities.
   expected<activity> add(std::string_view name);

@@ -2,6 +2,8 @@
 
 #include "troupe/model/rows.hpp"
 
+#include <algorithm>
+
 #include <fmt/format.h>
 
 namespace troupe::model {
@@ -83,6 +85,26 @@ expected<void> expert_group_model::run(std::int32_t layer, const kernels::rows_v
       x, tasks, layers_[index],
       slice_rows(out, ops_.activation_type(), 0, static_cast<std::int32_t>(tasks.size())));
   return {};
+}
+
+expected<void> expert_group_model::rehearse(std::int32_t max_rows, std::int32_t top_k) {
+  const auto layer = std::find_if(layers_.begin(), layers_.end(),
+                                  [](const auto& experts) { return !experts.empty(); });
+  if (layer == layers_.end())
+    return {};
+  const auto num_experts = experts_.end - experts_.first;
+  const auto num_tasks = max_rows * std::min(top_k, num_experts);
+  const row_buffer x(ops_, ops_.activation_type(), max_rows, hidden_size_);
+  const row_buffer out(ops_, ops_.activation_type(), num_tasks, hidden_size_);
+  if (x.view(1).data == nullptr || out.view(1).data == nullptr)
+    return fail(error_code::resource_exhausted,
+                fmt::format("there is no memory for a dispatch of {} rows and {} tasks", max_rows,
+                            num_tasks));
+  std::vector<kernels::expert_task> tasks(num_tasks);
+  for (std::int32_t i = 0; i < num_tasks; ++i)
+    tasks[i] = {i % max_rows, static_cast<std::int32_t>(std::int64_t{i} * num_experts / num_tasks)};
+  const auto index = static_cast<std::int32_t>(layer - layers_.begin());
+  return run(first_layer_ + index, x.view(max_rows), tasks, out.view(num_tasks));
 }
 
 } // namespace troupe::model

@@ -46,6 +46,10 @@ public:
   expected<void> run(std::int32_t layer, const kernels::rows_view& x,
                      std::span<const kernels::expert_task> tasks, const kernels::rows_view& out);
 
+  /// Computes one layer for max_rows rows with their experts, of nothing that anybody has asked
+  /// for: see stage_model::rehearse.
+  expected<void> rehearse(std::int32_t max_rows, std::int32_t top_k);
+
 private:
   expert_group_model(std::shared_ptr<tensor_source> source, const model_config& config,
                      expert_range experts, std::int32_t first_layer, kernels::ops& ops);

@@ -92,12 +92,18 @@ expected<void> latent_attention::read_layer(weight_store& store, std::int32_t in
   }
   in.read(out.kv_a, prefix + "kv_a_proj_with_mqa.weight", c.kv_dim(), hidden);
   in.read(out.kv_a_norm, prefix + "kv_a_layernorm.weight", c.kv_lora_rank);
-  const auto kv_b = in.values(prefix + "kv_b_proj.weight",
-                              c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank);
-  if (in.ok()) {
-    auto parts = split(kv_b, c);
-    out.w_uk = in.keep(std::move(parts.keys), c.qk_nope_head_dim, wide_product_use(c));
-    out.w_uv = in.keep(std::move(parts.values), c.kv_lora_rank, wide_product_use(c));
+  if (store.are_there()) { // what is made of kv_b too
+    out.w_uk =
+      store.keep_shape(c.num_heads * c.kv_lora_rank, c.qk_nope_head_dim, wide_product_use(c));
+    out.w_uv = store.keep_shape(c.num_heads * c.v_head_dim, c.kv_lora_rank, wide_product_use(c));
+  } else {
+    const auto kv_b = in.values(prefix + "kv_b_proj.weight",
+                                c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank);
+    if (in.ok()) {
+      auto parts = split(kv_b, c);
+      out.w_uk = in.keep(std::move(parts.keys), c.qk_nope_head_dim, wide_product_use(c));
+      out.w_uv = in.keep(std::move(parts.values), c.kv_lora_rank, wide_product_use(c));
+    }
   }
   in.read(out.o, prefix + "o_proj.weight", hidden, c.num_heads * c.v_head_dim);
   if (c.o_bias) {

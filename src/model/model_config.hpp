@@ -61,6 +61,12 @@ struct packed_config {
   bool zeros_less_one = false; ///< zero points are stored less one (GPTQ's first format)
 };
 
+/// Which part of the weights a device has that computes a stage together with others.
+struct tensor_rank {
+  std::int32_t rank = 0;
+  std::int32_t num_ranks = 1;
+};
+
 /// What config.json says of a model of the family (`model_type` deepseek_v3, deepseek_v2, llama or
 /// qwen2), checked to be consistent. A plain value.
 struct model_config {
@@ -118,6 +124,10 @@ struct model_config {
   std::vector<std::int32_t> eos_tokens; ///< of config.json and generation_config.json, ascending
   std::optional<float> default_temperature; ///< of generation_config.json
   std::optional<float> default_top_p;
+
+  /// Of a whole model: all. Of one rank's part (rank_config, tensor_shard.hpp): the numbers of
+  /// heads and the intermediate sizes above are that part's.
+  tensor_rank part;
 
   bool is_moe_layer(std::int32_t layer) const {
     return num_experts > 0 && layer >= first_k_dense_replace && layer % moe_layer_freq == 0;

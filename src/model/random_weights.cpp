@@ -1,9 +1,7 @@
 #include "troupe/model/random_weights.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -16,8 +14,6 @@ namespace {
 /// Worth another thread.
 constexpr std::size_t kElementsOfThread = std::size_t{1} << 16;
 
-constexpr float kLargestE4m3 = 448.0F;
-
 /// FNV-1a, 64 bits (Fowler, Noll and Vo; draft-eastlake-fnv).
 std::uint64_t fnv1a(std::string_view text) {
   std::uint64_t hash = 0xCBF29CE484222325U;
@@ -26,28 +22,6 @@ std::uint64_t fnv1a(std::string_view text) {
     hash *= 0x100000001B3U;
   }
   return hash;
-}
-
-std::uint64_t splitmix64(std::uint64_t z) {
-  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9U;
-  z = (z ^ z >> 27) * 0x94D049BB133111EBU;
-  return z ^ z >> 31;
-}
-
-std::uint16_t to_bf16(float value) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  return static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
-}
-
-/// The nearest e4m3 code, ties to even; beyond the largest value, the largest.
-std::uint8_t to_e4m3(float value) {
-  const auto sign = static_cast<std::uint8_t>(std::signbit(value) ? 0x80 : 0);
-  const float size = std::min(std::abs(value), kLargestE4m3);
-  if (size < 0x1p-6F) // subnormal: multiples of 2^-9, and the first normal value follows them
-    return static_cast<std::uint8_t>(sign | static_cast<int>(std::nearbyint(size * 512.0F)));
-  const auto bits = std::bit_cast<std::uint32_t>(size);
-  const auto rounded = (bits + 0x7FFFFU + (bits >> 20 & 1U)) >> 20;
-  return static_cast<std::uint8_t>(sign | (rounded - (120U << 3)));
 }
 
 /// Calls fill(first, end) for parts of [0, count) on all cores.
@@ -64,25 +38,48 @@ void for_parts(std::size_t count, std::size_t elements, const Fill& fill) {
     thread.join();
 }
 
-float largest_of(const float* values, std::size_t count) {
+/// Codes and scale number `block` of a quantized matrix, which lie in the order of its blocks.
+void make_block(const kernels::weight_recipe& recipe, kernels::element_type type, std::size_t block,
+                std::vector<float>& values, std::byte* codes, float* scales) {
+  const auto across = (recipe.num_cols + recipe.block_cols - 1) / recipe.block_cols;
+  const auto first_row = static_cast<std::int32_t>(block / across) * recipe.block_rows;
+  const auto first_col = static_cast<std::int32_t>(block % across) * recipe.block_cols;
+  const auto end_row = std::min(first_row + recipe.block_rows, recipe.num_rows);
+  const auto end_col = std::min(first_col + recipe.block_cols, recipe.num_cols);
+  values.clear();
   float largest = 0.0F;
-  for (std::size_t i = 0; i < count; ++i)
-    largest = std::max(largest, std::abs(values[i]));
-  return largest;
+  for (auto row = first_row; row < end_row; ++row)
+    for (auto col = first_col; col < end_col; ++col) {
+      values.push_back(kernels::made_value(recipe, row, col));
+      largest = std::max(largest, std::abs(values.back()));
+    }
+  const float scale = kernels::made_scale(type, largest);
+  scales[block] = scale;
+  const auto* value = values.data();
+  for (auto row = first_row; row < end_row; ++row) {
+    auto* to = codes + static_cast<std::size_t>(row) * recipe.num_cols;
+    for (auto col = first_col; col < end_col; ++col)
+      to[col] = std::byte{kernels::made_code(type, *value++, scale)};
+  }
+}
+
+std::string_view dtype_of(kernels::element_type type) {
+  switch (type) {
+  case kernels::element_type::f8_e4m3: return "F8_E4M3";
+  case kernels::element_type::i8: return "I8";
+  case kernels::element_type::f32: return "F32";
+  default: return "BF16";
+  }
 }
 
 } // namespace
 
 void fill_random(std::string_view name, double deviation, std::uint64_t first,
                  std::span<std::uint16_t> out) {
-  constexpr std::uint64_t step = 0x9E3779B97F4A7C15U;
-  auto state = fnv1a(name) + first * step;
+  const auto key = fnv1a(name);
   const double width = std::sqrt(3.0) * deviation;
-  for (auto& value : out) {
-    state += step;
-    const double uniform = static_cast<double>(splitmix64(state) >> 40) * 0x1p-24 * 2.0 - 1.0;
-    value = to_bf16(static_cast<float>(uniform * width));
-  }
+  for (auto& value : out)
+    value = kernels::made_element(key, width, first++);
 }
 
 double random_deviation(const tensor_spec& spec) {
@@ -94,41 +91,80 @@ double random_deviation(const tensor_spec& spec) {
 }
 
 random_weights::random_weights(const model_config& config, std::string origin)
-  : origin_(std::move(origin)),
-    fp8_(config.fp8),
-    int8_(config.int8),
-    specs_(list_tensors(config, whole_model(config, true))) {
+  : origin_(std::move(origin)), specs_(list_tensors(config, whole_model(config, true))) {
   for (std::size_t i = 0; i < specs_.size(); ++i) {
     const auto& spec = specs_[i];
-    const std::int64_t rows = spec.num_rows;
-    const std::int64_t cols = spec.num_cols;
-    const bool is_projection = rows > 0 && spec.name.find("_proj") != std::string::npos;
-    if (rows == 0) {
-      add(i, spec.name, "BF16", {cols});
-    } else if (is_projection && fp8_) {
-      add(i, spec.name, "F8_E4M3", {rows, cols});
-      add(i, spec.name + "_scale_inv", "F32",
-          {(rows + fp8_->block_rows - 1) / fp8_->block_rows,
-           (cols + fp8_->block_cols - 1) / fp8_->block_cols});
-    } else if (is_projection && int8_) {
+    const bool is_projection = spec.num_rows > 0 && spec.name.find("_proj") != std::string::npos;
+    if (spec.num_rows == 0) {
+      add(i, spec.name, kernels::element_type::bf16, {spec.num_cols});
+    } else if (is_projection && config.fp8) {
+      add_quantized(i, kernels::element_type::f8_e4m3, config.fp8->block_rows,
+                    config.fp8->block_cols, "_scale_inv");
+    } else if (is_projection && config.int8) {
       // Where groups do not fit, a row is one group.
-      const std::int64_t group = int8_->group_size;
-      add(i, spec.name, "I8", {rows, cols});
-      add(i, spec.name + "_scale", "F32",
-          {rows, group > 0 && cols % group == 0 ? cols / group : 1});
+      const auto group = config.int8->group_size;
+      const bool fits = group > 0 && spec.num_cols % group == 0;
+      add_quantized(i, kernels::element_type::i8, 1, fits ? group : spec.num_cols, "_scale");
     } else {
-      add(i, spec.name, "BF16", {rows, cols});
+      add(i, spec.name, kernels::element_type::bf16, {spec.num_rows, spec.num_cols});
     }
   }
 }
 
-void random_weights::add(std::size_t spec, const std::string& name, std::string_view dtype,
-                         std::vector<std::int64_t> shape) {
-  entries_.emplace(name, entry{spec, dtype, std::move(shape), {}});
+random_weights::entry& random_weights::add(std::size_t spec, const std::string& name,
+                                           kernels::element_type type,
+                                           std::vector<std::int64_t> shape) {
+  entry made;
+  made.spec = spec;
+  made.dtype = dtype_of(type);
+  made.type = type;
+  made.shape = std::move(shape);
+  return entries_.insert_or_assign(name, std::move(made)).first->second;
+}
+
+void random_weights::add_quantized(std::size_t spec, kernels::element_type type,
+                                   std::int32_t block_rows, std::int32_t block_cols,
+                                   const std::string& scale_suffix) {
+  const auto& [name, rows, cols] = specs_[spec];
+  auto& matrix = add(spec, name, type, {rows, cols});
+  matrix.block_rows = block_rows;
+  matrix.block_cols = block_cols;
+  matrix.scales =
+    &add(spec, name + scale_suffix, kernels::element_type::f32,
+         {(rows + block_rows - 1) / block_rows, (cols + block_cols - 1) / block_cols});
 }
 
 bool random_weights::contains(const std::string& tensor) const {
   return entries_.count(tensor) != 0;
+}
+
+kernels::weight_recipe random_weights::recipe_of(const entry& matrix) const {
+  const auto& spec = specs_[matrix.spec];
+  kernels::weight_recipe recipe;
+  recipe.key = fnv1a(spec.name);
+  recipe.width = std::sqrt(3.0) * random_deviation(spec);
+  recipe.num_rows = spec.num_rows;
+  recipe.num_cols = spec.num_cols;
+  recipe.block_rows = matrix.block_rows;
+  recipe.block_cols = matrix.block_cols;
+  return recipe;
+}
+
+std::optional<made_tensor> random_weights::recipe(const std::string& name) const {
+  const auto found = entries_.find(name);
+  if (found == entries_.end() || found->second.shape.size() != 2
+      || specs_[found->second.spec].name != name)
+    return std::nullopt;
+  const auto& matrix = found->second;
+  const auto bytes_of = [](const entry& one) {
+    return static_cast<std::uint64_t>(one.shape[0] * one.shape[1]) * kernels::size_of(one.type);
+  };
+  made_tensor made{matrix.type, recipe_of(matrix), 1, bytes_of(matrix)};
+  if (matrix.scales != nullptr) {
+    ++made.num_tensors;
+    made.num_bytes += bytes_of(*matrix.scales);
+  }
+  return made;
 }
 
 expected<tensor_view> random_weights::tensor(const std::string& name) {
@@ -140,95 +176,42 @@ expected<tensor_view> random_weights::tensor(const std::string& name) {
   const std::lock_guard lock(mutex_);
   auto& one = found->second;
   if (one.bytes.empty())
-    make(specs_[one.spec]);
+    make(entries_.at(specs_[one.spec].name));
   tensor_view view;
   view.dtype = one.dtype;
-  view.type = one.dtype == "BF16"      ? kernels::element_type::bf16
-              : one.dtype == "F8_E4M3" ? kernels::element_type::f8_e4m3
-              : one.dtype == "I8"      ? kernels::element_type::i8
-                                       : kernels::element_type::f32;
+  view.type = one.type;
   view.shape = one.shape;
   view.data = one.bytes.data();
   view.num_bytes = one.bytes.size();
   return view;
 }
 
-void random_weights::make(const tensor_spec& spec) {
-  const auto cols = static_cast<std::size_t>(spec.num_cols);
-  const auto count = static_cast<std::size_t>(std::max(spec.num_rows, 1)) * cols;
+/// A vector, or a matrix with its scales.
+void random_weights::make(entry& one) {
+  const auto& spec = specs_[one.spec];
+  const auto count =
+    static_cast<std::size_t>(std::max(spec.num_rows, 1)) * static_cast<std::size_t>(spec.num_cols);
+  one.bytes.resize(count * kernels::size_of(one.type));
+  if (one.scales != nullptr) {
+    const auto recipe = recipe_of(one);
+    const auto num_scales = static_cast<std::size_t>(one.scales->shape[0] * one.scales->shape[1]);
+    one.scales->bytes.resize(num_scales * sizeof(float));
+    auto* scales = reinterpret_cast<float*>(one.scales->bytes.data());
+    for_parts(num_scales, count, [&](std::size_t first, std::size_t end) {
+      std::vector<float> values;
+      for (auto block = first; block < end; ++block)
+        make_block(recipe, one.type, block, values, one.bytes.data(), scales);
+    });
+    return;
+  }
+  const std::span values(reinterpret_cast<std::uint16_t*>(one.bytes.data()), count);
   const double deviation = random_deviation(spec);
-  std::vector<std::byte> bytes(count * sizeof(std::uint16_t));
-  const std::span values(reinterpret_cast<std::uint16_t*>(bytes.data()), count);
   if (deviation == 0.0)
-    std::fill(values.begin(), values.end(), to_bf16(1.0F));
+    std::fill(values.begin(), values.end(), kernels::made_bf16(1.0F));
   else
     for_parts(count, count, [&](std::size_t first, std::size_t end) {
       fill_random(spec.name, deviation, first, values.subspan(first, end - first));
     });
-  auto& target = entries_.at(spec.name);
-  if (target.dtype == "BF16") {
-    target.bytes = std::move(bytes);
-    return;
-  }
-  std::vector<float> exact(count);
-  to_float32(bytes.data(), kernels::element_type::bf16, exact);
-  if (target.dtype == "I8")
-    make_int8(spec, exact);
-  else
-    make_fp8(spec, exact);
-}
-
-void random_weights::make_fp8(const tensor_spec& spec, std::span<const float> values) {
-  const auto rows = static_cast<std::size_t>(spec.num_rows);
-  const auto cols = static_cast<std::size_t>(spec.num_cols);
-  const auto block_rows = static_cast<std::size_t>(fp8_->block_rows);
-  const auto block_cols = static_cast<std::size_t>(fp8_->block_cols);
-  const auto across = (cols + block_cols - 1) / block_cols;
-  const auto down = (rows + block_rows - 1) / block_rows;
-  std::vector<std::byte> codes(rows * cols);
-  std::vector<float> scales(down * across);
-  for_parts(down, values.size(), [&](std::size_t first, std::size_t end) {
-    for (auto y = first; y < end; ++y)
-      for (std::size_t x = 0; x < across; ++x) {
-        const auto last_row = std::min(rows, (y + 1) * block_rows);
-        const auto width = std::min(cols - x * block_cols, block_cols);
-        float largest = 0.0F;
-        for (auto row = y * block_rows; row < last_row; ++row)
-          largest = std::max(largest, largest_of(&values[row * cols + x * block_cols], width));
-        const float scale = std::max(largest, 1e-4F) / kLargestE4m3;
-        scales[y * across + x] = scale;
-        for (auto row = y * block_rows; row < last_row; ++row)
-          for (std::size_t i = 0; i < width; ++i) {
-            const auto at = row * cols + x * block_cols + i;
-            codes[at] = std::byte{to_e4m3(values[at] / scale)};
-          }
-      }
-  });
-  entries_.at(spec.name).bytes = std::move(codes);
-  auto& to = entries_.at(spec.name + "_scale_inv").bytes;
-  to.resize(scales.size() * sizeof(float));
-  std::memcpy(to.data(), scales.data(), to.size());
-}
-
-void random_weights::make_int8(const tensor_spec& spec, std::span<const float> values) {
-  auto& scale_entry = entries_.at(spec.name + "_scale");
-  const auto num_scales = static_cast<std::size_t>(scale_entry.shape[0] * scale_entry.shape[1]);
-  const auto group = values.size() / num_scales;
-  std::vector<std::byte> codes(values.size());
-  std::vector<float> scales(num_scales);
-  for_parts(num_scales, values.size(), [&](std::size_t first, std::size_t end) {
-    for (auto g = first; g < end; ++g) {
-      const auto* from = &values[g * group];
-      const float scale = std::max(largest_of(from, group), 1e-4F) / 127.0F;
-      scales[g] = scale;
-      for (std::size_t i = 0; i < group; ++i)
-        codes[g * group + i] =
-          static_cast<std::byte>(static_cast<std::int8_t>(std::nearbyint(from[i] / scale)));
-    }
-  });
-  entries_.at(spec.name).bytes = std::move(codes);
-  scale_entry.bytes.resize(num_scales * sizeof(float));
-  std::memcpy(scale_entry.bytes.data(), scales.data(), scale_entry.bytes.size());
 }
 
 } // namespace troupe::model

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/kernels/made_weight.hpp"
 #include "troupe/model/model_config.hpp"
 #include "troupe/model/tensor_source.hpp"
 #include "troupe/model/weights.hpp"
@@ -20,9 +21,8 @@ namespace troupe::model {
 /// index, so that any program can build the same model:
 ///   h = fnv1a64(name), z = splitmix64(h + (index + 1) * 0x9E3779B97F4A7C15),
 ///   w = bf16(((z >> 40) * 2^-24 * 2 - 1) * sqrt(3) * deviation)
-/// where splitmix64 is the output function of the generator (Steele, Lea and Flood, "Fast
-/// splittable pseudorandom number generators", OOPSLA 2014). Products are taken in float64,
-/// rounded to float32 and then, to nearest even, to BF16.
+/// Products are taken in float64, rounded to float32 and then, to nearest even, to BF16: see
+/// kernels/made_weight.hpp, by which a device makes the same.
 void fill_random(std::string_view name, double deviation, std::uint64_t first,
                  std::span<std::uint16_t> out);
 
@@ -41,25 +41,29 @@ public:
 
   bool contains(const std::string& tensor) const override;
   expected<tensor_view> tensor(const std::string& name) override;
+  std::optional<made_tensor> recipe(const std::string& name) const override;
   std::string file_of(const std::string&) const override { return origin_; }
 
 private:
   struct entry {
     std::size_t spec = 0; ///< what it is made from
     std::string_view dtype;
+    kernels::element_type type;
     std::vector<std::int64_t> shape;
+    std::int32_t block_rows = 0; ///< of a quantized matrix: elements that share a scale
+    std::int32_t block_cols = 0;
+    entry* scales = nullptr;      ///< of a quantized matrix
     std::vector<std::byte> bytes; ///< empty until asked for
   };
 
-  void add(std::size_t spec, const std::string& name, std::string_view dtype,
-           std::vector<std::int64_t> shape);
-  void make(const tensor_spec& spec);
-  void make_fp8(const tensor_spec& spec, std::span<const float> values);
-  void make_int8(const tensor_spec& spec, std::span<const float> values);
+  entry& add(std::size_t spec, const std::string& name, kernels::element_type type,
+             std::vector<std::int64_t> shape);
+  void add_quantized(std::size_t spec, kernels::element_type type, std::int32_t block_rows,
+                     std::int32_t block_cols, const std::string& scale_suffix);
+  kernels::weight_recipe recipe_of(const entry& matrix) const;
+  void make(entry& one);
 
   std::string origin_;
-  std::optional<fp8_config> fp8_;
-  std::optional<int8_config> int8_;
   std::vector<tensor_spec> specs_;
   std::mutex mutex_; ///< guards entry::bytes
   std::unordered_map<std::string, entry> entries_;

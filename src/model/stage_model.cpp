@@ -93,6 +93,11 @@ expected<std::unique_ptr<stage_model>> stage_model::load(std::shared_ptr<tensor_
                   ? "drafts are asked for, but the model has no MTP layer to make them"
                   : "drafts are asked of a stage that is not the last",
                 "set serving.draft_tokens to 0");
+  if (config.part.num_ranks > 1 && (options.max_drafts > 0 || !options.with_local_experts))
+    return fail(
+      error_code::invalid_config,
+      "a stage on several devices neither drafts nor has experts elsewhere",
+      "set parallel.tensor to 1, or serving.draft_tokens and parallel.expert_groups to 0");
   const auto end_layer = end_loaded(options);
   std::unique_ptr<stage_model> stage(new stage_model(source, config, options, ops));
   auto weights = load_trunk(stage->store_, config, options.first_layer, options.end_layer,
@@ -136,7 +141,9 @@ void stage_model::allocate_scratch() {
     routed_weights_.resize(num_tasks);
     expert_rows_.resize(num_tasks);
   }
-  if (is_last())
+  if (config_.part.num_ranks > 1)
+    mixed_ = buffer(rows, c.hidden_size);
+  if (is_last() && config_.part.rank == 0)
     logits_ = row_buffer(ops_, kernels::element_type::f32, max_logit_rows(), c.vocab_size);
   if (weights_.mtp) {
     mtp_hidden_ = buffer(rows, c.hidden_size);
@@ -275,11 +282,28 @@ expected<void> stage_model::compute_layer(std::int32_t local_layer, const rows_v
   const auto delta = delta_.view(hidden.num_rows);
   ops_.rms_norm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
   attention_->compute(local_layer, normed, batch, pages_of(local_layer), delta);
+  ops_.all_reduce(delta);
   ops_.add_rms_norm(hidden, delta, layer.post_attention_norm, config_.rms_norm_eps, normed);
   if (layer.moe)
-    return mix_experts(options_.first_layer + local_layer, *layer.moe, experts, hidden);
+    return add_experts(options_.first_layer + local_layer, *layer.moe, experts, hidden);
   compute_mlp(*layer.mlp, normed, delta);
+  ops_.all_reduce(delta);
   ops_.add(hidden, delta);
+  return {};
+}
+
+/// Alone, the mixture is added to the hidden rows as it is made; of several ranks, each makes a
+/// part of it, and the sum of the parts is added.
+expected<void> stage_model::add_experts(std::int32_t layer, const moe_weights& w,
+                                        expert_exchange* exchange, const rows_view& hidden) {
+  if (config_.part.num_ranks == 1)
+    return mix_experts(layer, w, exchange, hidden);
+  const auto mixed = mixed_.view(hidden.num_rows);
+  ops_.clear(mixed);
+  if (auto ok = mix_experts(layer, w, exchange, mixed); !ok)
+    return ok;
+  ops_.all_reduce(mixed);
+  ops_.add(hidden, mixed);
   return {};
 }
 
@@ -292,8 +316,8 @@ void stage_model::compute_mlp(const kernels::expert_weights& w, const rows_view&
 }
 
 /// The mixture without a look at the choice. False where the device wants the host to see it.
-bool stage_model::mix_on_device(std::int32_t layer, const moe_weights& w, const rows_view& hidden) {
-  const auto num_rows = hidden.num_rows;
+bool stage_model::mix_on_device(std::int32_t layer, const moe_weights& w, const rows_view& out) {
+  const auto num_rows = out.num_rows;
   kernels::mixture_weights weights{w.gate, w.bias, own_experts_->experts_of(layer), nullptr};
   kernels::mixture_scratch scratch;
   if (w.shared) {
@@ -304,15 +328,15 @@ bool stage_model::mix_on_device(std::int32_t layer, const moe_weights& w, const 
     scratch.shared_out = delta_.view(num_rows);
   }
   scratch.expert_out = expert_out_.view(num_rows * config_.num_experts_per_token);
-  return ops_.mixture(normed_.view(num_rows), weights, router_, scratch, hidden);
+  return ops_.mixture(normed_.view(num_rows), weights, router_, scratch, out);
 }
 
 expected<void> stage_model::mix_experts(std::int32_t layer, const moe_weights& w,
-                                        expert_exchange* given, const rows_view& hidden) {
-  if (given == nullptr && mix_on_device(layer, w, hidden))
+                                        expert_exchange* given, const rows_view& out) {
+  if (given == nullptr && mix_on_device(layer, w, out))
     return {};
   auto& exchange = given != nullptr ? *given : *own_experts_;
-  const auto num_rows = hidden.num_rows;
+  const auto num_rows = out.num_rows;
   const auto top_k = config_.num_experts_per_token;
   const auto num_tasks = static_cast<std::size_t>(num_rows) * top_k;
   const auto normed = normed_.view(num_rows);
@@ -330,7 +354,7 @@ expected<void> stage_model::mix_experts(std::int32_t layer, const moe_weights& w
   const auto expert_out = expert_out_.view(static_cast<std::int32_t>(num_tasks));
   if (auto ok = exchange.finish(expert_out, expert_rows); !ok)
     return ok;
-  ops_.combine(expert_out, expert_rows, weights, top_k, shared, hidden);
+  ops_.combine(expert_out, expert_rows, weights, top_k, shared, out);
   return {};
 }
 
@@ -353,8 +377,8 @@ void stage_model::norm_rows(const rows_view& x, std::span<const std::int32_t> ro
 }
 
 expected<rows_view> stage_model::logits(std::span<const std::int32_t> rows) {
-  if (!is_last())
-    return fail(error_code::internal, "logits were asked of a stage that is not the last");
+  if (!weights_.head)
+    return fail(error_code::internal, "logits were asked of a stage that does not have the head");
   if (rows.size() > static_cast<std::size_t>(max_logit_rows()))
     return fail(error_code::internal, fmt::format("logits of {} rows were asked for, above {}",
                                                   rows.size(), max_logit_rows()));

@@ -84,6 +84,9 @@ struct draft_input {
 /// and further drafts from x in place of h and the draft in place of t, as EAGLE does (arXiv
 /// 2401.15077). It keeps its keys and values in pages like any other layer.
 ///
+/// With a rank's config (tensor_shard.hpp) it computes that rank's part, and the device adds the
+/// parts up where they are parts of a sum (kernels::ops::all_reduce): see stage_group.hpp.
+///
 /// Used by one thread at a time. Computing a micro-batch again writes the same bits.
 class stage_model {
 public:
@@ -110,6 +113,12 @@ public:
   /// kv_dim] in activation type, on the device. It stays the caller's and may hold KV of an
   /// earlier life of this stage.
   void attach_kv(void* data, std::int32_t num_pages, std::int32_t page_tokens);
+
+  /// Before there is KV memory: computes micro-batches of the largest size and of small ones, of
+  /// nothing that anybody has asked for, in pages of its own. So a device takes whatever memory it
+  /// will need, and says at once if there is too little. `num_pages` is the longest block table.
+  /// Errors: resource_exhausted; internal with the failure of the device.
+  expected<void> rehearse(std::int32_t num_pages, std::int32_t page_tokens);
 
   /// Computes the layers. The result [rows, hidden] is on the device and valid until the next
   /// call. Errors: invalid_request for tokens, positions or pages out of range; internal for
@@ -141,6 +150,7 @@ private:
               const stage_options& options, kernels::ops& ops);
 
   void allocate_scratch();
+  expected<void> rehearse_step(std::int32_t num_rows, std::int32_t table_size);
   expected<void> check_input(const stage_input& input) const;
   expected<void> check_batch(const kernels::batch_view& batch) const;
   expected<void> check_drafts(const draft_input& input, std::span<const std::int32_t> out) const;
@@ -158,9 +168,11 @@ private:
                  const float* weight, const kernels::rows_view& out);
   void compute_mlp(const kernels::expert_weights& w, const kernels::rows_view& x,
                    const kernels::rows_view& out);
-  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
+  expected<void> add_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
                              const kernels::rows_view& hidden);
-  bool mix_on_device(std::int32_t layer, const moe_weights& w, const kernels::rows_view& hidden);
+  expected<void> mix_experts(std::int32_t layer, const moe_weights& w, expert_exchange* exchange,
+                             const kernels::rows_view& out);
+  bool mix_on_device(std::int32_t layer, const moe_weights& w, const kernels::rows_view& out);
 
   model_config config_;
   stage_options options_;
@@ -181,6 +193,7 @@ private:
   row_buffer hidden_;                        // [hidden]
   row_buffer normed_;                        // [hidden]
   row_buffer delta_;                         // [hidden]
+  row_buffer mixed_;                         // [hidden], of one rank of several
   row_buffer gate_;                          // [widest MLP]
   row_buffer up_;                            // [widest MLP]
   row_buffer expert_out_;                    // [max_rows * top_k, hidden]

@@ -127,6 +127,8 @@ public:
   }
 
   expected<stored_weight> find() {
+    if (auto made = how_ == weight_loading::recipe ? source_.recipe(name_) : std::nullopt)
+      return take_recipe(*made);
     auto ok = source_.contains(name_)                     ? read_plain()
               : source_.contains(stem_ + "weight_packed") ? read_compressed()
               : source_.contains(stem_ + "qweight")       ? read_quantised()
@@ -140,6 +142,24 @@ private:
   void count(const tensor_view& view) {
     ++out_.num_tensors;
     out_.num_bytes += view.num_bytes;
+  }
+
+  expected<stored_weight> take_recipe(const made_tensor& made) {
+    const auto& recipe = made.recipe;
+    if (recipe.num_rows != out_.num_rows || recipe.num_cols != out_.num_cols)
+      return wrong(source_, name_,
+                   fmt::format("is made of shape [{}, {}], but [{}, {}] is asked for",
+                               recipe.num_rows, recipe.num_cols, out_.num_rows, out_.num_cols),
+                   "");
+    out_.type = made.type;
+    if (recipe.block_rows > 0) {
+      out_.block_rows = recipe.block_rows;
+      out_.block_cols = recipe.block_cols;
+    }
+    out_.recipe = recipe;
+    out_.num_tensors = made.num_tensors;
+    out_.num_bytes = made.num_bytes;
+    return std::move(out_);
   }
 
   expected<void> read_plain() {
@@ -472,7 +492,11 @@ kernels::weight_matrix stored_weight::view() const {
   result.scales = mapped_scales != nullptr ? mapped_scales
                   : scales.empty()         ? nullptr
                                            : scales.data();
-  if (result.scales != nullptr) {
+  if (recipe) {
+    result.data = nullptr;
+    result.recipe = &*recipe;
+  }
+  if (result.scales != nullptr || (recipe && recipe->block_rows > 0)) {
     result.block_rows = block_rows;
     result.block_cols = block_cols;
   }

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -42,9 +43,10 @@ struct stored_weight {
   std::vector<std::byte> repacked; ///< rows of kernels::row_bytes
   std::int32_t block_rows = 1;     ///< with scales
   std::int32_t block_cols = 1;
-  const float* mapped_scales = nullptr; ///< the scales where they may be used as mapped
-  std::vector<float> scales;            ///< as kernels::weight_matrix::scales, or empty
-  std::vector<std::uint8_t> zeros;      ///< as kernels::weight_matrix::zeros, or empty
+  const float* mapped_scales = nullptr;         ///< the scales where they may be used as mapped
+  std::vector<float> scales;                    ///< as kernels::weight_matrix::scales, or empty
+  std::vector<std::uint8_t> zeros;              ///< as kernels::weight_matrix::zeros, or empty
+  std::optional<kernels::weight_recipe> recipe; ///< instead of elements and scales
   std::size_t num_tensors = 0;
   std::uint64_t num_bytes = 0; ///< of all tensors, as stored
 
@@ -55,6 +57,7 @@ struct stored_weight {
 enum class weight_loading : std::uint8_t {
   check, ///< shapes, types and small tensors; no repacking
   load,
+  recipe, ///< how to make it where the source makes it up; else as load
 };
 
 /// Finds the matrix `name` ("….weight"). Errors: invalid_model naming file and tensor; io_failed.

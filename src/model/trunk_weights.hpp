@@ -40,8 +40,8 @@ struct trunk_weights {
   std::vector<layer_weights> layers; ///< the MTP layer behind the others
   std::optional<mtp_weights> mtp;
   std::optional<kernels::weight_matrix> embedding; ///< [vocab, hidden], with layer 0 or MTP
-  const float* final_norm = nullptr;               ///< [hidden], with the last layer
-  std::optional<kernels::weight_matrix> head;      ///< [vocab, hidden], with the last layer
+  const float* final_norm = nullptr;               ///< [hidden], with the last layer, of rank 0
+  std::optional<kernels::weight_matrix> head;      ///< [vocab, hidden], likewise
 };
 
 /// Loads layers [first_layer, end_layer), and the first MTP layer if wanted. The store keeps what

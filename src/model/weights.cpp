@@ -1,5 +1,7 @@
 #include "troupe/model/weights.hpp"
 
+#include "troupe/model/tensor_shard.hpp"
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -154,10 +156,28 @@ weight_store::weight_store(std::shared_ptr<tensor_source> source, const model_co
                            kernels::ops& ops)
   : source_(std::move(source)), config_(config), ops_(ops) {}
 
+/// This rank's part of a weight. Where the device has it already, elements are not brought
+/// together.
+expected<stored_weight> weight_store::find_part(const std::string& name, std::int32_t num_rows,
+                                                std::int32_t num_cols, weight_loading how) {
+  const auto [rank, num_ranks] = config_.part;
+  const auto cut = num_ranks > 1 ? cut_of(name) : weight_cut::whole;
+  const auto whole_rows = cut == weight_cut::rows ? num_rows * num_ranks : num_rows;
+  const auto whole_cols = cut == weight_cut::cols ? num_cols * num_ranks : num_cols;
+  auto stored = find_weight(*source_, config_, name, whole_rows, whole_cols, how);
+  if (!stored || cut == weight_cut::whole)
+    return stored;
+  if (cut == weight_cut::rows)
+    return cut_rows(std::move(*stored), rank * num_rows, num_rows);
+  return cut_cols(std::move(*stored), rank * num_cols, num_cols, !are_there());
+}
+
 expected<kernels::weight_matrix> weight_store::matrix(const std::string& name,
                                                       std::int32_t num_rows, std::int32_t num_cols,
                                                       kernels::weight_use use) {
-  auto stored = find_weight(*source_, config_, name, num_rows, num_cols, weight_loading::load);
+  const bool wants_elements = ops_.reads_of_weights() == kernels::weight_reading::elements;
+  auto stored = find_part(name, num_rows, num_cols,
+                          wants_elements ? weight_loading::load : weight_loading::recipe);
   if (!stored)
     return tl::unexpected(std::move(stored.error()));
   // The format promises no alignment, although the usual writers keep it.
@@ -168,22 +188,35 @@ expected<kernels::weight_matrix> weight_store::matrix(const std::string& name,
     stored->data = nullptr;
   }
   kept_.push_back(std::move(*stored));
-  return ops_.place(kept_.back().view(), use);
+  const auto given = kept_.back().view();
+  const auto placed = ops_.place(given, use);
+  if (placed.data != given.data)
+    kept_.pop_back(); // the device has a copy
+  return placed;
 }
 
 expected<const float*> weight_store::vector(const std::string& name, std::int32_t size) {
-  auto view = find_tensor(*source_, name, {size});
+  const auto [rank, num_ranks] = config_.part;
+  const auto cut = num_ranks > 1 ? cut_of(name) : weight_cut::whole;
+  const auto whole_size = cut == weight_cut::rows ? size * num_ranks : size;
+  auto view = find_tensor(*source_, name, {whole_size});
   if (!view)
     return tl::unexpected(std::move(view.error()));
   auto values = read_finite(*source_, name, *view);
   if (!values)
     return tl::unexpected(std::move(values.error()));
+  if (cut == weight_cut::rows)
+    values->assign(values->begin() + std::ptrdiff_t{rank} * size,
+                   values->begin() + std::ptrdiff_t{rank + 1} * size);
+  // What is added to a sum over ranks is added by one of them.
+  if (cut == weight_cut::cols && rank > 0)
+    std::fill(values->begin(), values->end(), 0.0F);
   return keep(std::move(*values));
 }
 
 expected<std::vector<float>>
 weight_store::dequantised(const std::string& name, std::int32_t num_rows, std::int32_t num_cols) {
-  auto stored = find_weight(*source_, config_, name, num_rows, num_cols, weight_loading::load);
+  auto stored = find_part(name, num_rows, num_cols, weight_loading::load);
   if (!stored)
     return tl::unexpected(std::move(stored.error()));
   auto values = dequantise(stored->view());
@@ -203,7 +236,10 @@ const float* weight_store::keep(std::vector<float> values) {
   as_row.data = floats_.back().data();
   as_row.num_rows = 1;
   as_row.num_cols = static_cast<std::int32_t>(floats_.back().size());
-  return static_cast<const float*>(ops_.place(as_row, kernels::weight_use::stored).data);
+  const auto placed = ops_.place(as_row, kernels::weight_use::stored);
+  if (placed.data != as_row.data)
+    floats_.pop_back(); // the device has a copy
+  return static_cast<const float*>(placed.data);
 }
 
 kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_t num_cols,
@@ -211,7 +247,8 @@ kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_
   kernels::weight_matrix result;
   result.num_rows = static_cast<std::int32_t>(values.size()) / num_cols;
   result.num_cols = num_cols;
-  if (fits_bf16(values)) { // as what is made of a bf16 checkpoint: half the memory to read
+  const bool is_short = fits_bf16(values);
+  if (is_short) { // as what is made of a bf16 checkpoint: half the memory to read
     auto& kept = halves_.emplace_back(values.size());
     std::transform(values.begin(), values.end(), kept.begin(), [](float value) {
       return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
@@ -222,7 +259,19 @@ kernels::weight_matrix weight_store::keep(std::vector<float> values, std::int32_
     floats_.push_back(std::move(values));
     result.data = floats_.back().data();
   }
-  return ops_.place(result, use);
+  const auto placed = ops_.place(result, use);
+  if (placed.data != result.data) // the device has a copy
+    is_short ? halves_.pop_back() : floats_.pop_back();
+  return placed;
+}
+
+kernels::weight_matrix weight_store::keep_shape(std::int32_t num_rows, std::int32_t num_cols,
+                                                kernels::weight_use use) {
+  kernels::weight_matrix shape;
+  shape.type = kernels::element_type::bf16;
+  shape.num_rows = num_rows;
+  shape.num_cols = num_cols;
+  return ops_.place(shape, use);
 }
 
 kernels::weight_use wide_product_use(const model_config& config) {

@@ -56,7 +56,9 @@ expected<part_size> check_weights(tensor_source& source, const model_config& con
                                   const model_part& part);
 
 /// Where tensors of one part live as long as they are used: in the mapping as stored or, where
-/// conversion is needed, in buffers of this object. Not thread-safe.
+/// conversion is needed, in buffers of this object; not those of which the device has a copy. Of a
+/// rank's config (model_config::part) sizes are those of its part, and weights are cut as they are
+/// read (tensor_shard.hpp). Not thread-safe.
 class weight_store {
 public:
   /// `ops` must outlive the store.
@@ -72,9 +74,13 @@ public:
   /// A vector converted to float32, placed on the device.
   expected<const float*> vector(const std::string& name, std::int32_t size);
 
-  /// A weight as host float32 [num_rows, num_cols], scales applied.
+  /// A weight as host float32 [num_rows, num_cols], scales applied; of no use but their number
+  /// where what is made of them lies on the device already (kernels::weight_reading::shapes).
   expected<std::vector<float>> dequantised(const std::string& name, std::int32_t num_rows,
                                            std::int32_t num_cols);
+
+  /// The device has all weights already: what `keep` is given is not looked at.
+  bool are_there() const { return ops_.reads_of_weights() == kernels::weight_reading::shapes; }
 
   /// Keeps values and places them on the device.
   const float* keep(std::vector<float> values);
@@ -83,7 +89,14 @@ public:
   kernels::weight_matrix keep(std::vector<float> values, std::int32_t num_cols,
                               kernels::weight_use use = kernels::weight_use::product);
 
+  /// The same where `are_there` holds, of which only the shape is needed.
+  kernels::weight_matrix keep_shape(std::int32_t num_rows, std::int32_t num_cols,
+                                    kernels::weight_use use = kernels::weight_use::product);
+
 private:
+  expected<stored_weight> find_part(const std::string& name, std::int32_t num_rows,
+                                    std::int32_t num_cols, weight_loading how);
+
   std::shared_ptr<tensor_source> source_;
   model_config config_;
   kernels::ops& ops_;

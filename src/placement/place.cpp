@@ -48,12 +48,28 @@ std::vector<std::string> contradictions(const config::cluster_config& cluster,
   if (std::ranges::all_of(cluster.nodes, [](const auto& node) { return node.devices.empty(); }))
     refuse("nodes", "no node has a device; list at least one, such as devices: [cpu]");
   std::size_t devices = 0;
-  for (const auto& node : cluster.nodes)
+  std::size_t places = 0; // for workers
+  for (const auto& node : cluster.nodes) {
     devices += node.devices.size();
-  if (devices > 0 && cluster.recovery.spares >= devices)
+    places += node.devices.size() / std::max(1U, parallel.tensor);
+  }
+  if (devices > 0 && places == 0)
+    refuse("parallel.tensor",
+           fmt::format("no node has {} devices for a stage; write at most the devices of a node",
+                       parallel.tensor));
+  if (places > 0 && cluster.recovery.spares >= places)
     refuse("recovery.spares",
-           fmt::format("{} spare devices of {} leave none to run on; write at most {}",
-                       cluster.recovery.spares, devices, devices - 1));
+           fmt::format(
+             "{} spare {} of {} leave none to run on; write at most {}", cluster.recovery.spares,
+             parallel.tensor > 1 ? fmt::format("groups of {} devices", parallel.tensor) : "devices",
+             places, places - 1));
+  if (parallel.tensor > 1 && groups > 0)
+    refuse("parallel.expert_groups",
+           fmt::format("{} expert groups cannot serve stages on {} devices each "
+                       "(parallel.tensor); write 0, which divides the experts among the devices",
+                       groups, parallel.tensor));
+  if (parallel.tensor == 0)
+    refuse("parallel.tensor", "0 devices compute nothing; write at least 1");
   if (parallel.data == 0)
     refuse("parallel.data", "0 replicas serve nobody; write at least 1");
   if (parallel.pipeline == 0)
@@ -122,10 +138,12 @@ void leave_spares(std::vector<std::uint32_t>& num_devices, std::uint32_t spares)
 class assembly {
 public:
   explicit assembly(const config::cluster_config& cluster) {
+    auto possible = possible_workers(cluster);
+    auto next = possible.begin();
     for (const config::node& node : cluster.nodes) {
       auto& workers = workers_.emplace_back();
-      for (std::size_t i = 0; i < node.devices.size(); ++i)
-        workers.push_back({worker_name(node.name, i), node.name, node.devices[i].name(), {}});
+      for (; next != possible.end() && next->node == node.name; ++next)
+        workers.push_back(std::move(*next));
     }
   }
 
@@ -220,6 +238,30 @@ std::string worker_name(const std::string& node, std::size_t device) {
   return fmt::format("{}/worker-{}", node, device);
 }
 
+std::vector<worker> possible_workers(const config::cluster_config& cluster) {
+  const std::size_t ranks = cluster.parallel.tensor;
+  std::vector<worker> result;
+  for (const config::node& node : cluster.nodes)
+    for (std::size_t first = 0; first + ranks <= node.devices.size(); first += ranks) {
+      std::vector<std::string> devices;
+      for (std::size_t i = first; i < first + ranks; ++i)
+        devices.push_back(node.devices[i].name());
+      result.push_back(
+        {worker_name(node.name, first), node.name, fmt::format("{}", fmt::join(devices, ",")), {}});
+    }
+  return result;
+}
+
+std::vector<std::string> devices_of(const std::string& device) {
+  std::vector<std::string> result;
+  for (std::size_t at = 0; at < device.size();) {
+    const auto end = std::min(device.find(',', at), device.size());
+    result.push_back(device.substr(at, end - at));
+    at = end + 1;
+  }
+  return result;
+}
+
 expected<plan> place(const config::cluster_config& cluster, const model_shape& model) {
   if (model.num_layers == 0 || model.num_layers > max_layers)
     return fail(error_code::invalid_model, fmt::format("the model has {} layers", model.num_layers),
@@ -239,7 +281,7 @@ expected<plan> place(const config::cluster_config& cluster, const model_shape& m
 
   std::vector<std::uint32_t> num_devices;
   for (const config::node& node : cluster.nodes)
-    num_devices.push_back(static_cast<std::uint32_t>(node.devices.size()));
+    num_devices.push_back(static_cast<std::uint32_t>(node.devices.size()) / parallel.tensor);
   leave_spares(num_devices, cluster.recovery.spares);
   const seating seats = seat_actors(num_devices, made.num_replicas, made.num_stages,
                                     made.num_expert_groups, made.num_expert_copies);

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "troupe/config/cluster_config.hpp"
+
 namespace troupe::placement {
 
 enum class actor_kind : std::uint8_t { stage, expert_group };
@@ -24,11 +26,11 @@ struct actor {
   friend bool operator==(const actor&, const actor&) = default;
 };
 
-/// One process, on one device.
+/// One process, on one device or on several that compute its stages together.
 struct worker {
-  std::string name; ///< "node-0/worker-1"; the number is that of the device in its node
+  std::string name; ///< "node-0/worker-1"; the number is that of its first device in its node
   std::string node;
-  std::string device;        ///< "cpu:1"
+  std::string device;        ///< "cpu:1", "cuda:0,cuda:1"
   std::vector<actor> actors; ///< at least one; stages first
 
   friend bool operator==(const worker&, const worker&) = default;
@@ -51,6 +53,13 @@ struct plan {
 
 /// The name of the worker on a device: "node-0/worker-1".
 std::string worker_name(const std::string& node, std::size_t device);
+
+/// The workers that a cluster's devices have room for, without actors. With parallel.tensor N each
+/// has N neighbouring devices of its node; what is left of a node has none.
+std::vector<worker> possible_workers(const config::cluster_config& cluster);
+
+/// The devices of a worker, by name: "cuda:0,cuda:1" taken apart.
+std::vector<std::string> devices_of(const std::string& device);
 
 /// The plan as a tree for a terminal, ending with a newline.
 std::string describe(const plan& what);

@@ -228,6 +228,23 @@ proto::WorkerAssignment node_policy::assignment_of(const worker& w) const {
   return assignment;
 }
 
+/// What a process needs to know to be this worker.
+void node_policy::assign_to(const worker& w, effects& out) const {
+  out.emplace_back(assign{*w.process, assignment_of(w)});
+  out.emplace_back(send_view{*w.process});
+}
+
+bool node_policy::needs_predecessor_gone(const worker& w, bool is_new_process) const {
+  if (w.ending.empty() || !w.view.plan().device().starts_with("cuda:"))
+    return false;
+  const auto& actors = w.view.plan().actors();
+  bool is_stage = std::any_of(actors.begin(), actors.end(),
+                              [](const auto& a) { return a.kind() == proto::STAGE; });
+  bool was_stuck =
+    std::any_of(w.ending.begin(), w.ending.end(), [](const auto& e) { return e.second; });
+  return is_new_process || (is_stage && (was_stuck || plan_.draft_tokens() > 0));
+}
+
 /// The next incarnation: a standby where one is ready, else a new process.
 void node_policy::start(worker& w, effects& out) {
   w.view.set_incarnation(w.view.incarnation() + 1);
@@ -239,6 +256,7 @@ void node_policy::start(worker& w, effects& out) {
   const auto& name = w.view.plan().name();
   auto ready =
     std::find_if(standbys_.begin(), standbys_.end(), [](const auto& s) { return s.second.ready; });
+  w.awaits_end = needs_predecessor_gone(w, ready == standbys_.end());
   if (ready == standbys_.end()) {
     w.process = process_name_of(name, w.view.incarnation());
     out.emplace_back(start_process{*w.process, name, w.view.incarnation()});
@@ -249,8 +267,8 @@ void node_policy::start(worker& w, effects& out) {
   w.view.set_pid(ready->second.pid);
   w.is_connected = true;
   standbys_.erase(ready);
-  out.emplace_back(assign{*w.process, assignment_of(w)});
-  out.emplace_back(send_view{*w.process});
+  if (!w.awaits_end)
+    assign_to(w, out);
   proto::WorkerChanged change;
   change.set_restored_by("standby");
   report(w, std::move(change), out);
@@ -321,8 +339,8 @@ node_policy::effects node_policy::process_connected(const std::string& process) 
     out.emplace_back(assign{process, std::move(prepare)});
   } else if (auto* w = worker_of(process)) {
     w->is_connected = true;
-    out.emplace_back(assign{process, assignment_of(*w)});
-    out.emplace_back(send_view{process});
+    if (!w->awaits_end)
+      assign_to(*w, out);
   }
   return out;
 }
@@ -404,8 +422,41 @@ void node_policy::lose(worker& w, const loss& what, time_point now, effects& out
   }
 }
 
+node_policy::effects node_policy::process_ending(const process_end& end, time_point now) {
+  auto* w = worker_of(end.process);
+  if (w == nullptr)
+    return process_exited(end, now); // nobody takes the place of a standby
+  if (w->replacing)
+    return {}; // what it has may be too much beside what its successor is to have
+  w->ending.emplace(end.process, !end.verdict.empty());
+  return process_lost(*w, end, now);
+}
+
+node_policy::effects node_policy::process_lost(worker& w, const process_end& end, time_point now) {
+  effects out;
+  auto cause = end.verdict.empty() ? end.text : end.verdict + "; it was killed";
+  out.emplace_back(
+    note{true, fmt::format("{} (pid {}) {}", w.view.plan().name(), w.view.pid(), cause)});
+  if (w.replacing) {
+    w.replacing = false;
+    w.process.reset();
+    w.is_connected = false;
+    begin(w, out);
+  } else {
+    lose(w, {cause, end.verdict.empty() ? "exit" : "pulse", end.detected}, now, out);
+  }
+  keep_standbys(out);
+  return out;
+}
+
 node_policy::effects node_policy::process_exited(const process_end& end, time_point now) {
   effects out;
+  for (auto& [name, w] : workers_)
+    if (w.ending.erase(end.process) > 0) {
+      if (w.ending.empty() && std::exchange(w.awaits_end, false) && w.process && w.is_connected)
+        assign_to(w, out);
+      return out;
+    }
   auto cause = end.verdict.empty() ? end.text : end.verdict + "; it was killed";
   if (auto s = standby_of(end.process); s != standbys_.end()) {
     out.emplace_back(note{true, fmt::format("{} (pid {}) {}", s->first, s->second.pid, cause)});
@@ -415,20 +466,7 @@ node_policy::effects node_policy::process_exited(const process_end& end, time_po
     return out;
   }
   auto* w = worker_of(end.process);
-  if (w == nullptr)
-    return out;
-  out.emplace_back(
-    note{true, fmt::format("{} (pid {}) {}", w->view.plan().name(), w->view.pid(), cause)});
-  if (w->replacing) {
-    w->replacing = false;
-    w->process.reset();
-    w->is_connected = false;
-    begin(*w, out);
-  } else {
-    lose(*w, {cause, end.verdict.empty() ? "exit" : "pulse", end.detected}, now, out);
-  }
-  keep_standbys(out);
-  return out;
+  return w == nullptr ? out : process_lost(*w, end, now);
 }
 
 node_policy::effects node_policy::tick(time_point now) {

@@ -32,6 +32,13 @@ namespace troupe::recovery {
 ///                            |               after a pause      |
 ///                            +----------- too often ------------+
 ///
+/// A process that ends computes no more some time before it is gone and what it had is free. In
+/// between, its successor is started, or a standby takes its place. What the successor is to run it
+/// is told at once, or, in three cases that concern a GPU, when the predecessor is gone: a new
+/// process needs a part of the GPU's memory; with drafts, what the predecessor's last step still
+/// writes there (rows of drafts that were wrong) may differ from what the successor's next one
+/// writes to the same place; and who did not get on may not stop writing for long.
+///
 /// An error that no restart can cure leads to FAILED, too; only another assignment leads out of it.
 /// A worker that runs when other actors are assigned is killed first and begins when it is gone.
 /// What a process says is believed only while it is the worker's process, under its incarnation.
@@ -86,7 +93,7 @@ public:
   /// To be carried out in this order, each with what its answer brings before the next.
   using effects = std::vector<effect>;
 
-  /// How a process ended.
+  /// How a process ends.
   struct process_end {
     std::string process;
     std::string text;    ///< "killed by signal 9"
@@ -120,6 +127,9 @@ public:
   /// It can be sent to from now on.
   effects process_connected(const std::string& process);
   effects process_reported(const proto::WorkerReport& report);
+  /// It computes no more, and is not gone yet. Need not be said.
+  effects process_ending(const process_end& end, time_point now);
+  /// It is gone.
   effects process_exited(const process_end& end, time_point now);
 
   /// Time passes. To be called about every 100 ms.
@@ -140,6 +150,9 @@ private:
     bool awaits_memory = false;
     bool gave_up = false;
     bool replacing = false; ///< killed because it is to run other actors
+    std::map<std::string, bool>
+      ending;                ///< predecessors that are not gone yet, and if one was stuck
+    bool awaits_end = false; ///< of those; it is not told what to run before
   };
   struct standby {
     std::string process;
@@ -157,13 +170,16 @@ private:
   void begin(worker& w, effects& out);
   void begin_with_memory(worker& w, effects& out);
   void start(worker& w, effects& out);
+  void assign_to(const worker& w, effects& out) const;
   void lose(worker& w, const loss& what, time_point now, effects& out);
+  effects process_lost(worker& w, const process_end& end, time_point now);
   void give_up(worker& w, const error& why, effects& out);
   void keep_standbys(effects& out);
   void report(const worker& w, proto::WorkerChanged change, effects& out);
   void say_hello(effects& out);
   void take_standby_report(const std::string& name, const proto::WorkerView& said, effects& out);
   proto::WorkerAssignment assignment_of(const worker& w) const;
+  bool needs_predecessor_gone(const worker& w, bool is_new_process) const;
   void add_standbys(google::protobuf::RepeatedPtrField<proto::StandbyView>& to) const;
   worker* worker_of(const std::string& process);
   std::map<std::string, standby>::iterator standby_of(const std::string& process);

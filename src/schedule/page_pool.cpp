@@ -6,6 +6,7 @@ namespace troupe::schedule {
 
 page_pool::page_pool(std::uint32_t num_pages) : is_free_(num_pages, true) {
   free_.reserve(num_pages);
+  resting_.reserve(num_pages);
   for (auto page = num_pages; page-- > 0;)
     free_.push_back(static_cast<std::int32_t>(page));
 }
@@ -23,9 +24,21 @@ void page_pool::release(std::vector<std::int32_t>& pages) {
     const auto idx = static_cast<std::size_t>(page);
     assert(idx < is_free_.size() && !is_free_[idx]);
     is_free_[idx] = true;
-    free_.push_back(page);
+    (is_resting_ ? resting_ : free_).push_back(page);
   }
   pages.clear();
+}
+
+void page_pool::begin_rest_of_all() {
+  is_resting_ = true;
+  resting_.insert(resting_.end(), free_.begin(), free_.end());
+  free_.clear();
+}
+
+void page_pool::end_rest() {
+  is_resting_ = false;
+  free_.insert(free_.end(), resting_.begin(), resting_.end());
+  resting_.clear();
 }
 
 } // namespace troupe::schedule

@@ -44,6 +44,7 @@ struct replica_scheduler::state {
   std::uint32_t max_length = 0;
   std::uint64_t max_running = 0;
   std::uint64_t next_step = 1;
+  time_point fence_end{};
   bool verifies_drafts = false; ///< in the micro-batch that is being made
 
   std::unordered_map<request_id, std::unique_ptr<sequence>> sequences;
@@ -121,7 +122,7 @@ struct replica_scheduler::state {
       return pages * lim.page_tokens - s.num_computed;
     };
     while (room() == 0)
-      if (!preempt_younger_than(s))
+      if (pool.is_resting() || !preempt_younger_than(s))
         return 0;
     const auto num_rows = static_cast<std::uint32_t>(std::min<std::uint64_t>(wanted, room()));
     for (auto n = pages_for(s.num_computed + num_rows); s.pages.size() < n;)
@@ -448,6 +449,21 @@ void replica_scheduler::expire(time_point now) {
     st.end(*s, finish_reason::failed);
 }
 
+void replica_scheduler::fence(time_point end) {
+  state_->fence_end = std::max(state_->fence_end, end);
+  state_->pool.begin_rest();
+}
+
+void replica_scheduler::fence_all(time_point end) {
+  fence(end);
+  state_->pool.begin_rest_of_all();
+}
+
+void replica_scheduler::end_fence(time_point now) {
+  if (state_->pool.is_resting() && now >= state_->fence_end)
+    state_->pool.end_rest();
+}
+
 void replica_scheduler::forget_kv() {
   auto& st = *state_;
   st.forget_flights();
@@ -496,7 +512,7 @@ counters replica_scheduler::count() const {
   auto c = st.totals;
   c.num_queued = static_cast<std::uint32_t>(st.waiting.size());
   c.num_running = static_cast<std::uint32_t>(st.running.size());
-  c.num_free_pages = st.pool.num_free();
+  c.num_free_pages = st.pool.num_free() + st.pool.num_resting();
   c.num_in_flight = static_cast<std::uint32_t>(st.in_flight.size());
   return c;
 }

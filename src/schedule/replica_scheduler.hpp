@@ -14,7 +14,7 @@ namespace troupe::schedule {
 struct counters {
   std::uint32_t num_queued = 0;
   std::uint32_t num_running = 0;
-  std::uint32_t num_free_pages = 0;
+  std::uint32_t num_free_pages = 0; ///< those that rest included
   std::uint32_t num_in_flight = 0;
   std::uint64_t num_preemptions = 0;
   std::uint64_t num_prompt_tokens = 0;
@@ -37,6 +37,8 @@ struct counters {
 ///   for those of every sequence.
 /// - Where no page is free, the sequence admitted last gives up its pages and returns to the
 ///   head of the queue. Later its log is computed again, without events, and goes on.
+/// - Behind a fence, pages that are given back rest until it ends, since who was fenced may still
+///   write to them; nobody gives up pages, which would free none, and who lacks one waits.
 class replica_scheduler {
 public:
   explicit replica_scheduler(limits l);
@@ -71,6 +73,15 @@ public:
 
   /// Ends every request past its deadline with `failed`.
   void expire(time_point now);
+
+  /// A process that computed for this replica is no more, and what it gave its device to do may
+  /// write to pages of the steps in flight until `end`. Raises the end of a fence that stands.
+  /// Called before what gives such pages back: results of a new epoch, forget_kv, fail_all.
+  void fence(time_point end);
+  /// The same, where it is not known which steps are in flight: no page is handed out before.
+  void fence_all(time_point end);
+  /// Time passes: ends the fence that is over.
+  void end_fence(time_point now);
 
   /// The KV memory is gone: every running sequence goes back to the head of the queue and is
   /// computed again from its token log, without events. Those with the fewest positions to

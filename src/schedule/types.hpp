@@ -109,6 +109,11 @@ struct token_event {
   finish_reason finish = finish_reason::none;
 };
 
+/// How long a fence stands. What a process that is no more can still write is the one step that its
+/// device was computing: it ends with the step, or when the driver has cleared the process away
+/// (50 to 60 ms on an H200), whatever is first.
+inline constexpr std::chrono::milliseconds fence_time{250};
+
 /// Limits of one replica, all at least one.
 struct limits {
   std::uint32_t num_pages = 0;

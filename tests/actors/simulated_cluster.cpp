@@ -59,28 +59,39 @@ caf::behavior link(caf::event_based_actor* self, simulated_cluster* c, process_p
           [=](const micro_batch_failed& failed) { hand_on(*scheduler, failed); }};
 }
 
-actors::stage_compute_actor::behavior_type computing(actors::stage_compute_actor::pointer self,
-                                                     simulated_cluster* c, process_ptr process,
-                                                     bool is_first, bool is_last,
-                                                     std::shared_ptr<simulated_kv> kv,
-                                                     std::shared_ptr<fake_hand_over> rows) {
+/// A stage's device: takes its time, and is at work until its stage has the result.
+using computing_actor =
+  actors::stage_compute_actor::extend<caf::reacts_to<actors::stage_local, actors::stage_result>>;
+
+computing_actor::behavior_type computing(computing_actor::pointer self, simulated_cluster* c,
+                                         process_ptr process,
+                                         std::pair<std::uint32_t, std::uint32_t> who, bool is_first,
+                                         bool is_last, std::shared_ptr<simulated_kv> kv,
+                                         std::shared_ptr<fake_hand_over> rows) {
   return {[=](const actors::stage_work& work) {
-    if (!process->alive)
-      return;
-    transport::buffer_pool buffers(1 << 20);
-    std::optional<std::string> wrong;
-    auto result = rows->work(work, [&](const actors::stage_work& whole) {
-      return compute(whole, is_first, is_last, *kv, buffers, wrong);
-    });
-    if (wrong)
-      c->fail(fmt::format("{}: {}", process->name, *wrong));
-    auto stage = caf::actor_cast<actors::stage_local>(self->current_sender());
-    auto luck = c->pick(100);
-    if (luck < 10)
-      self->delayed_send(stage, c->some_time(luck == 0 ? 700ms : 30ms), std::move(result));
-    else
-      self->send(stage, std::move(result));
-  }};
+            if (!process->alive)
+              return;
+            transport::buffer_pool buffers(1 << 20);
+            std::optional<std::string> wrong;
+            auto& in_work = process->in_work[who];
+            in_work = {kv, {}};
+            auto result = rows->work(work, [&](const actors::stage_work& whole) {
+              return compute(whole, is_first, is_last, *kv, buffers, wrong, in_work.values);
+            });
+            if (wrong)
+              c->fail(fmt::format("{}: {}", process->name, *wrong));
+            auto stage = caf::actor_cast<actors::stage_local>(self->current_sender());
+            auto luck = c->pick(100);
+            if (luck < 10)
+              self->delayed_send(self, c->some_time(luck == 0 ? 700ms : 30ms), stage,
+                                 std::move(result));
+            else
+              self->send(self, stage, std::move(result));
+          },
+          [=](const actors::stage_local& stage, const actors::stage_result& result) {
+            process->in_work.erase(who);
+            self->send(stage, result);
+          }};
 }
 
 caf::behavior timer(caf::event_based_actor*, std::deque<std::uint64_t>* due) {
@@ -490,7 +501,8 @@ void simulated_cluster::start_stages(const process_ptr& p,
     auto rows = std::make_shared<fake_hand_over>(p->node->blocks(), p->name + "/" + actor.id(),
                                                  p->incarnation, sizeof(std::uint64_t), outbox_room,
                                                  [this] { return pick(500) == 0; });
-    auto compute = track(system.spawn(computing, this, p, is_first, is_last, kv, rows));
+    auto compute = track(system.spawn(computing, this, p, std::pair{actor.replica(), actor.index()},
+                                      is_first, is_last, kv, rows));
     p->stages[{actor.replica(), actor.index()}] =
       track(system.spawn<actors::stage>(actor.replica(), actor.index(), plan_.num_stages(), 1U,
                                         std::make_shared<wire>(*this, p), compute));

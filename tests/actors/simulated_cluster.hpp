@@ -32,7 +32,7 @@ struct simulation_options {
   std::uint32_t num_stages = 2;
   std::uint32_t num_replicas = 1;
   std::uint32_t num_standbys = 0; ///< of each node
-  bool on_gpus = false;           ///< hidden rows stay on the device where they can
+  bool on_gpus = false;           ///< hidden rows stay there where they can; deaths take their time
   std::uint32_t max_restarts = 1000;
   double loss = 0;     ///< chance that a message of the data path is lost
   double repeat = 0;   ///< chance that it comes again late
@@ -53,6 +53,8 @@ struct simulated_process {
   caf::actor root;
   std::map<std::pair<std::uint32_t, std::uint32_t>, actors::stage_local> stages; ///< replica, index
   std::vector<caf::actor> links;                                                 ///< to schedulers
+  /// What its device is writing, by stage: done when the process dies, or some time after.
+  std::map<std::pair<std::uint32_t, std::uint32_t>, simulated_writes> in_work;
 };
 using process_ptr = std::shared_ptr<simulated_process>;
 
@@ -85,7 +87,7 @@ private:
   };
 
   void dial();
-  void exited(std::uint32_t pid, bool by_pulse);
+  void exited(std::uint32_t pid, bool by_pulse, bool is_gone);
 
   void carry_out(policy::effects todo);
   void carry_out(const policy::start_process& what);
@@ -143,7 +145,8 @@ public:
   void kill_node(std::uint32_t i);
   simulated_node* node(std::uint32_t i) { return nodes_[i].get(); } ///< null: dead
   std::uint32_t num_nodes() const { return static_cast<std::uint32_t>(nodes_.size()); }
-  /// `noticed`: when its node sees it; killed by its node for its pulse if `by_pulse`.
+  /// `noticed`: when its node sees it; killed by its node for its pulse if `by_pulse`. It is gone
+  /// some time later, and what its device had in work is written once more before that.
   void kill(const process_ptr& process, milliseconds noticed, bool by_pulse);
   void break_connection(const caf::actor& connection);
   void break_a_link();

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -29,6 +30,17 @@ inline std::uint64_t mix(std::uint64_t h, std::uint64_t x) {
 struct simulated_kv {
   explicit simulated_kv(std::uint32_t num_pages) : at(num_pages * page_tokens) {}
   std::vector<std::uint64_t> at; ///< [page][offset]; 0: never written
+};
+
+/// What a step has written.
+struct simulated_writes {
+  std::shared_ptr<simulated_kv> kv;
+  std::vector<std::pair<std::size_t, std::uint64_t>> values; ///< by place
+
+  void write() const {
+    for (const auto& [at, value] : values)
+      kv->at.at(at) = value;
+  }
 };
 
 /// What a run without any fault would draw.
@@ -54,7 +66,8 @@ inline std::vector<std::int32_t> right_tokens(const std::vector<std::int32_t>& p
 /// Computes a stage's part. `wrong` is set where a position is read that nobody wrote.
 inline actors::stage_result compute(const actors::stage_work& work, bool is_first, bool is_last,
                                     simulated_kv& kv, transport::buffer_pool& buffers,
-                                    std::optional<std::string>& wrong) {
+                                    std::optional<std::string>& wrong,
+                                    std::vector<std::pair<std::size_t, std::uint64_t>>& written) {
   const auto& batch = *work.batch;
   std::vector<std::uint64_t> hidden(batch.tokens().begin(), batch.tokens().end());
   auto bytes = hidden.size() * sizeof(std::uint64_t);
@@ -79,6 +92,7 @@ inline actors::stage_result compute(const actors::stage_work& work, bool is_firs
         wrong =
           fmt::format("step {} reads position {}, which nobody wrote", batch.step(), position - 1);
       hidden[row] = slot(position) = mix(before, hidden[row]);
+      written.emplace_back(&slot(position) - kv.at.data(), hidden[row]);
     }
     first_page += static_cast<int>(batch.page_counts(s));
   }

@@ -177,15 +177,16 @@ void simulated_node::carry_out(proto::WorkerChanged& change) {
   self_->send(controller_, worker_changed{std::move(change)});
 }
 
-void simulated_node::exited(std::uint32_t pid, bool by_pulse) {
+void simulated_node::exited(std::uint32_t pid, bool by_pulse, bool is_gone) {
   for (auto i = children_.begin(); i != children_.end(); ++i) {
     if (i->second.process->pid != pid)
       continue;
-    auto process = i->first;
-    children_.erase(i);
     auto now = self_->clock().now();
-    carry_out(policy_.process_exited(
-      {process, "killed by signal 9", by_pulse ? "no beat for 800 ms" : "", now}, now));
+    policy::process_end end{i->first, "killed by signal 9", by_pulse ? "no beat for 800 ms" : "",
+                            now};
+    if (is_gone)
+      children_.erase(i);
+    carry_out(is_gone ? policy_.process_exited(end, now) : policy_.process_ending(end, now));
     return;
   }
 }
@@ -230,7 +231,9 @@ caf::behavior simulated_node::behave(caf::event_based_actor* self) {
         self_->send(controller_, node_heartbeat{policy_.heartbeat()});
       carry_out(policy_.tick(self_->clock().now()));
     },
-    [this](exited_atom, std::uint32_t pid, bool by_pulse) { exited(pid, by_pulse); },
+    [this](exited_atom, std::uint32_t pid, bool by_pulse, bool is_gone) {
+      exited(pid, by_pulse, is_gone);
+    },
   };
 }
 
@@ -262,7 +265,12 @@ void simulated_cluster::kill(const process_ptr& p, milliseconds noticed, bool by
   for (const auto& link : p->links)
     caf::anon_send_exit(link, caf::exit_reason::kill);
   std::erase(processes_, p);
-  self->delayed_send(p->node->handle, noticed, exited_atom::value, p->pid, by_pulse);
+  auto gone = noticed + some_time(150ms);
+  if (pick(3) > 0) // else it was no life line that told of it
+    self->delayed_send(p->node->handle, noticed, exited_atom::value, p->pid, by_pulse, false);
+  self->delayed_send(p->node->handle, gone, exited_atom::value, p->pid, by_pulse, true);
+  for (const auto& [key, writes] : p->in_work)
+    after(some_time(by_pulse ? noticed : gone), [writes] { writes.write(); });
 }
 
 } // namespace troupe::test

@@ -403,8 +403,6 @@ TEST_CASE("GPUs are named, and the devices of a cluster are of one kind") {
 
 TEST_CASE("what cannot run yet is refused by name") {
   check_refusals({
-    {"parallel: {tensor: 2}\n",
-     "c.yaml:2:20: parallel.tensor: 2 is not supported yet in this build; write 1"},
     {"nodes: [{host: far, launch: ssh}]\n",
      "c.yaml:2:29: nodes[0].launch: ssh is not supported yet in this build; write local or join"},
   });

@@ -146,6 +146,83 @@ TEST_CASE("made-up FP8 and INT8 weights are near the BF16 values they are made f
   CHECK(differs);
 }
 
+TEST_CASE("recipes of made-up matrices say what their tensors hold") {
+  auto text = test::tiny_config();
+  const bool in_fp8 = GENERATE(false, true);
+  if (!in_fp8)
+    text.erase("quantization_config");
+  auto config = parse_model_config(text.dump(), "tiny.json");
+  REQUIRE(config);
+  random_weights source(*config, "tiny.json");
+  const std::string name = "model.layers.0.mlp.up_proj.weight";
+  const auto made = source.recipe(name);
+  REQUIRE(made);
+  const auto rows = made->recipe.num_rows;
+  const auto cols = made->recipe.num_cols;
+  auto view = source.tensor(name);
+  REQUIRE(view);
+  CHECK(std::vector<std::int64_t>(view->shape.begin(), view->shape.end())
+        == std::vector<std::int64_t>{rows, cols});
+  CHECK(view->type == made->type);
+  CHECK(made->num_tensors == (in_fp8 ? 2 : 1));
+  bool same = true;
+  for (std::int32_t row = 0; row < rows; ++row)
+    for (std::int32_t col = 0; col < cols; ++col) {
+      const auto value = kernels::made_value(made->recipe, row, col);
+      const auto* at = view->data + static_cast<std::size_t>(row * cols + col) * (in_fp8 ? 1 : 2);
+      if (in_fp8) {
+        auto scales = source.tensor(name + "_scale_inv");
+        REQUIRE(scales);
+        const auto across = (cols + made->recipe.block_cols - 1) / made->recipe.block_cols;
+        float scale = 0.0F;
+        std::memcpy(
+          &scale,
+          scales->data
+            + 4 * (row / made->recipe.block_rows * across + col / made->recipe.block_cols),
+          4);
+        same &= std::to_integer<std::uint8_t>(*at) == kernels::made_code(made->type, value, scale);
+      } else {
+        std::uint16_t bits = 0;
+        std::memcpy(&bits, at, 2);
+        same &= from_bf16(bits) == value;
+      }
+    }
+  CHECK(same);
+  CHECK_FALSE(source.recipe("model.norm.weight"));
+  CHECK_FALSE(source.recipe(name + "_scale_inv"));
+  CHECK_FALSE(source.recipe("lm_tail.weight"));
+
+  auto weight = find_weight(source, *config, name, rows, cols, weight_loading::recipe);
+  REQUIRE(weight);
+  CHECK(weight->view().recipe == &*weight->recipe);
+  CHECK(weight->view().data == nullptr);
+  CHECK_FALSE(find_weight(source, *config, name, rows, cols + 1, weight_loading::recipe));
+  weight = find_weight(source, *config, name, rows, cols, weight_loading::load);
+  REQUIRE(weight);
+  CHECK(weight->view().recipe == nullptr);
+}
+
+TEST_CASE("codes are the nearest ones, ties to even") {
+  using kernels::nearest;
+  using kernels::nearest_e4m3;
+  for (float value = -20.0F; value <= 20.0F; value += 0.125F)
+    CHECK(nearest(value) == static_cast<std::int32_t>(std::nearbyint(value)));
+  std::vector<float> exact(127);
+  for (std::uint8_t code = 0; code < 127; ++code) {
+    const auto byte = std::byte{code};
+    to_float32(&byte, kernels::element_type::f8_e4m3, {&exact[code], 1});
+    CHECK(nearest_e4m3(exact[code]) == code);
+    CHECK(nearest_e4m3(-exact[code]) == (code | 0x80));
+  }
+  for (std::uint8_t code = 0; code < 126; ++code) {
+    const float middle = (exact[code] + exact[code + 1]) / 2.0F;
+    CHECK(nearest_e4m3(middle) == code + code % 2);
+    CHECK(nearest_e4m3(std::nextafter(middle, 0.0F)) == code);
+    CHECK(nearest_e4m3(std::nextafter(middle, 500.0F)) == code + 1);
+  }
+  CHECK(nearest_e4m3(1e9F) == 126);
+}
+
 TEST_CASE("the tokenizer of a made-up model: bytes, and ids that no text becomes") {
   auto tokenizer = make_id_tokenizer(300);
   REQUIRE(tokenizer);

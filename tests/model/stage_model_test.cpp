@@ -285,7 +285,7 @@ TEST_CASE("micro-batches that cannot be computed are refused") {
   CHECK(code({}) == error_code::internal);
   CHECK(code({{0, 0, std::vector<std::int32_t>(33, 5)}}) == error_code::internal);
 
-  auto& stage = *pipeline.stages.front();
+  auto& stage = pipeline.stages.front()->leader();
   const std::vector<std::int32_t> token{5}, zero{0}, one{1}, bad_page{4}, position{17};
   const std::vector<std::int32_t> negative{-1};
   stage_input input;

@@ -1,7 +1,8 @@
 #pragma once
 
 #include "troupe/model/checkpoint.hpp"
-#include "troupe/model/stage_model.hpp"
+#include "troupe/model/stage_group.hpp"
+#include "troupe/model/tensor_shard.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -102,6 +103,7 @@ private:
 struct layout {
   std::vector<std::int32_t> stage_ends;
   std::int32_t num_groups = 0;
+  bool rehearses = false; ///< before it has KV memory
 };
 
 /// Consecutive tokens of one sequence.
@@ -119,7 +121,14 @@ public:
   stage_pipeline(const std::string& directory, const layout& how, std::int32_t max_sequences,
                  std::int32_t max_tokens, kernels::ops& ops, std::int32_t max_rows = 512,
                  std::int32_t max_drafts = 0)
-    : ops_(ops), pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
+    : stage_pipeline(directory, how, max_sequences, max_tokens, std::vector{&ops}, max_rows,
+                     max_drafts) {}
+
+  /// Each stage on several devices, given by rank.
+  stage_pipeline(const std::string& directory, const layout& how, std::int32_t max_sequences,
+                 std::int32_t max_tokens, const std::vector<kernels::ops*>& ranks,
+                 std::int32_t max_rows = 512, std::int32_t max_drafts = 0)
+    : ops_(*ranks.front()), pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
     auto config = load_model_config(directory);
     REQUIRE(config);
     auto source = open_weights(directory);
@@ -130,23 +139,35 @@ public:
       pages_[i] = i;
     std::shuffle(pages_.begin(), pages_.end(), std::mt19937(11));
     if (how.num_groups > 0)
-      exchange = std::make_unique<grouped_experts>(*source, *config, how.num_groups, max_rows, ops,
+      exchange = std::make_unique<grouped_experts>(*source, *config, how.num_groups, max_rows, ops_,
                                                    max_drafts > 0);
+    const auto num_ranks = static_cast<std::int32_t>(ranks.size());
     std::int32_t first = 0;
     for (const auto end : how.stage_ends) {
       stage_options options{first, end, max_rows, how.num_groups == 0};
       options.max_drafts = end == config->num_layers ? max_drafts : 0;
-      auto stage = stage_model::load(*source, *config, options, ops);
-      REQUIRE(stage);
-      kv_.push_back(ops.allocate((*stage)->kv_bytes(num_pages, page_tokens)));
-      (*stage)->attach_kv(kv_.back().get(), num_pages, page_tokens);
-      stages.push_back(std::move(*stage));
+      std::vector<std::unique_ptr<stage_model>> models;
+      std::vector<void*> kv;
+      for (std::int32_t rank = 0; rank < num_ranks; ++rank) {
+        auto& ops = *ranks[rank];
+        auto part = num_ranks == 1 ? config : rank_config(*config, rank, num_ranks);
+        REQUIRE(part);
+        auto model = stage_model::load(*source, *part, options, ops);
+        REQUIRE(model);
+        if (how.rehearses)
+          REQUIRE((*model)->rehearse(num_pages, page_tokens));
+        kv_.push_back(ops.allocate((*model)->kv_bytes(num_pages, page_tokens)));
+        kv.push_back(kv_.back().get());
+        models.push_back(std::move(*model));
+      }
+      auto& stage = stages.emplace_back(std::make_unique<stage_group>(std::move(models)));
+      stage->attach_kv(kv, num_pages, page_tokens);
       first = end;
     }
   }
 
-  std::int32_t vocab_size() const { return stages.front()->config().vocab_size; }
-  stage_model& last() { return *stages.back(); }
+  std::int32_t vocab_size() const { return stages.front()->leader().config().vocab_size; }
+  stage_model& last() { return stages.back()->leader(); }
 
   /// Computes a micro-batch; its rows are those of the slices, in order.
   expected<void> forward(const std::vector<slice>& slices) {
@@ -229,7 +250,7 @@ public:
     }
   }
 
-  std::vector<std::unique_ptr<stage_model>> stages;
+  std::vector<std::unique_ptr<stage_group>> stages;
   std::unique_ptr<grouped_experts> exchange;
 
 private:

@@ -177,6 +177,38 @@ TEST_CASE("configs that no file can hold are refused too") {
   CHECK(no_layers.error().code == troupe::error_code::invalid_model);
 }
 
+TEST_CASE("stages on several devices have neighbours of one node") {
+  auto cluster = cluster_of({5, 1, 4});
+  cluster.parallel.tensor = 2;
+  cluster.parallel.pipeline = 3;
+  const auto plan = placement::place(cluster, mini);
+  REQUIRE(plan);
+  std::vector<std::string> where;
+  for (const auto& worker : plan->workers)
+    where.push_back(worker.name + " " + worker.device);
+  CHECK(where
+        == std::vector<std::string>{"n0/worker-0 cpu:0,cpu:1", "n0/worker-2 cpu:2,cpu:3",
+                                    "n2/worker-0 cpu:0,cpu:1"});
+  std::vector<std::string> possible;
+  for (const auto& worker : placement::possible_workers(cluster))
+    possible.push_back(worker.name);
+  CHECK(possible
+        == std::vector<std::string>{"n0/worker-0", "n0/worker-2", "n2/worker-0", "n2/worker-2"});
+  CHECK(placement::devices_of("cuda:0,cuda:10") == std::vector<std::string>{"cuda:0", "cuda:10"});
+  CHECK(placement::devices_of("cpu:1") == std::vector<std::string>{"cpu:1"});
+  CHECK(placement::devices_of("").empty());
+
+  const auto refused = [&] { return placement::place(cluster, mini).error().cause; };
+  cluster.parallel.tensor = 8;
+  CHECK(refused().find("no node has 8 devices for a stage") != std::string::npos);
+  cluster.parallel.tensor = 2;
+  cluster.recovery.spares = 4;
+  CHECK(refused().find("4 spare groups of 2 devices of 4 leave none") != std::string::npos);
+  cluster.recovery.spares = 0;
+  cluster.parallel.expert_groups = 2;
+  CHECK(refused().find("2 expert groups cannot serve stages on 2 devices") != std::string::npos);
+}
+
 TEST_CASE("stages are balanced by what they hold") {
   // DeepSeek-R1: experts inside, the three dense layers weigh next to nothing.
   const placement::model_shape r1 = {.num_layers = 61, .first_dense_layers = 3, .num_experts = 256};

@@ -38,6 +38,10 @@ TEST_CASE("local.yaml gives the golden tokens") {
   check_config("local.yaml");
 }
 
+TEST_CASE("tensor.yaml gives the golden tokens") {
+  check_config("tensor.yaml");
+}
+
 TEST_CASE("two-nodes.yaml gives the golden tokens") {
   check_config("two-nodes.yaml");
 }

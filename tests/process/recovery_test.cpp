@@ -73,6 +73,17 @@ void check_records(const json& status, std::size_t first, const std::vector<blow
   CHECK(status.at("epoch") >= records.back().at("epoch"));
 }
 
+/// When the death of each was heard of, after the blow.
+std::vector<double> times_of_detection(const json& status, const std::vector<blow>& blows) {
+  std::vector<double> result;
+  for (std::size_t i = 0; i < blows.size(); ++i) {
+    const auto heard = steady::time_point(std::chrono::nanoseconds(
+      status.at("recoveries").at(i).at("detected_ns").get<std::int64_t>()));
+    result.push_back(milliseconds(heard - blows[i].time));
+  }
+  return result;
+}
+
 void print_pauses(const std::string& of, const std::vector<double>& pauses) {
   fmt::print("longest gap between two tokens, {}: median {:.0f} ms, maximum {:.0f} ms, {} kills\n",
              of, median(pauses), *std::max_element(pauses.begin(), pauses.end()), pauses.size());
@@ -113,6 +124,10 @@ TEST_CASE("each worker may be killed 20 times in a row, and no client sees more 
   for (const auto& [kind, pauses] : by_kind)
     print_pauses("a " + kind + " killed", pauses);
   print_pauses("any worker killed", all);
+  const auto heard = times_of_detection(status, blows);
+  fmt::print("heard of after: median {:.2f} ms, maximum {:.2f} ms\n", median(heard),
+             *std::max_element(heard.begin(), heard.end()));
+  CHECK(median(heard) < 5);
   fmt::print("{} conversations with {} tokens, all golden\n", load.num_conversations(),
              load.num_tokens());
   CHECK(median(all) < 1000);

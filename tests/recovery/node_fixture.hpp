@@ -143,6 +143,10 @@ struct node {
   void die(const std::string& process, const std::string& verdict = {}) {
     carry_out(policy.process_exited({process, "killed by signal 9", verdict, now - 3ms}, now));
   }
+  /// It computes no more, and is not gone.
+  void end(const std::string& process, const std::string& verdict = {}) {
+    carry_out(policy.process_ending({process, "killed by signal 9", verdict, now - 1ms}, now));
+  }
   void pass(std::chrono::milliseconds time) {
     now += time;
     carry_out(policy.tick(now));
@@ -188,6 +192,24 @@ inline node running(std::uint32_t num_standbys = 0) {
   node n;
   n.assignment.mutable_plan()->set_standbys(num_standbys);
   n.plan(0, {0});
+  n.assign();
+  for (std::uint32_t i = 0; i < num_standbys; ++i)
+    n.make_ready("node-0/standby-" + std::to_string(i));
+  n.run_worker();
+  n.done();
+  return n;
+}
+
+/// The same, where worker 0 runs on a GPU.
+inline node running_on_gpu(std::uint32_t num_standbys, std::uint32_t draft_tokens = 0) {
+  node n;
+  n.assignment.mutable_plan()->set_standbys(num_standbys);
+  n.assignment.mutable_plan()->set_draft_tokens(draft_tokens);
+  n.plan(0, {0});
+  auto* plan = n.assignment.mutable_known(0)->mutable_plan();
+  plan->set_device("cuda:0");
+  for (auto& actor : *plan->mutable_actors())
+    actor.set_kind(proto::STAGE);
   n.assign();
   for (std::uint32_t i = 0; i < num_standbys; ++i)
     n.make_ready("node-0/standby-" + std::to_string(i));

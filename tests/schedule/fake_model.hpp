@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <utility>
 #include <vector>
 
 namespace troupe::schedule {
@@ -121,8 +122,13 @@ public:
     return false;
   }
 
-  /// A stage comes back from the dead: what it did for the steps in flight is done again.
+  /// A stage comes back from the dead: what it did for the steps in flight is done again. The step
+  /// that its device was computing when it died may still be written by `write_late`.
   void restart(std::size_t idx) {
+    auto& stage = stages_[idx];
+    for (const auto& w : pending_)
+      if (!w.hidden[idx].empty() && (idx + 1 == stages_.size() || w.hidden[idx + 1].empty()))
+        stage.late = writes_of(stage, w);
     for (auto& w : pending_)
       w.hidden[idx].clear();
   }
@@ -144,6 +150,20 @@ public:
     return out;
   }
 
+  /// The device of a dead process writes what it had in work. True if there was something.
+  bool write_late(std::size_t idx) {
+    auto& stage = stages_[idx];
+    for (const auto& [at, value] : stage.late)
+      stage.kv[at] = value;
+    return !std::exchange(stage.late, {}).empty();
+  }
+
+  /// It has been cleared away.
+  void forget_late() {
+    for (auto& stage : stages_)
+      stage.late.clear();
+  }
+
   void pop() { pending_.pop_front(); }
 
   void clear() { pending_.clear(); }
@@ -161,7 +181,8 @@ private:
 
   struct stage {
     std::vector<slot> kv;
-    std::uint64_t last_step = 0; ///< steps up to here were computed before
+    std::uint64_t last_step = 0;                    ///< steps up to here were computed before
+    std::vector<std::pair<std::size_t, slot>> late; ///< by index
   };
 
   struct work {
@@ -169,15 +190,27 @@ private:
     std::vector<std::vector<std::uint64_t>> hidden; ///< [stage][row], empty: not computed
   };
 
+  std::size_t index_of(const sequence_slice& slice, std::uint32_t p) const {
+    const auto page = static_cast<std::size_t>(slice.pages.at(p / lim_.page_tokens));
+    return page * lim_.page_tokens + p % lim_.page_tokens;
+  }
+
+  std::vector<std::pair<std::size_t, slot>> writes_of(const stage& s, const work& w) const {
+    std::vector<std::pair<std::size_t, slot>> all;
+    for (const auto& slice : w.batch->sequences)
+      for (std::uint32_t i = 0; i < slice.num_rows; ++i) {
+        const auto at = index_of(slice, slice.first_position + i);
+        all.emplace_back(at, s.kv.at(at));
+      }
+    return all;
+  }
+
   void compute(stage& s, work& w, std::size_t idx) {
     const bool again = w.batch->step <= s.last_step;
     s.last_step = std::max(s.last_step, w.batch->step);
     std::size_t row = 0;
     for (const auto& slice : w.batch->sequences) {
-      const auto at = [&](std::uint32_t p) -> slot& {
-        const auto page = static_cast<std::size_t>(slice.pages.at(p / lim_.page_tokens));
-        return s.kv.at(page * lim_.page_tokens + p % lim_.page_tokens);
-      };
+      const auto at = [&](std::uint32_t p) -> slot& { return s.kv.at(index_of(slice, p)); };
       for (std::uint32_t i = 0; i < slice.num_rows; ++i, ++row) {
         const auto p = slice.first_position + i;
         const auto in =

@@ -588,6 +588,50 @@ TEST_CASE("a step that cannot be computed ends its requests and nobody else's") 
   CHECK(s.count().num_free_pages == l.num_pages - 1);
 }
 
+TEST_CASE("behind a fence, pages that are given back rest, and who lacks one waits for its end") {
+  auto l = roomy();
+  l.num_pages = 4;
+  l.page_tokens = 2;
+  replica_scheduler s{l};
+  const time_point begin{};
+  REQUIRE(s.submit(make_request(1, 2, 2))); // two pages in the end
+  REQUIRE(s.submit(make_request(2, 2, 5))); // three
+  answer(s, *s.next());
+  const auto* batch = s.next();
+  REQUIRE(members(*batch) == std::vector<request_id>{1, 2});
+  std::vector<std::int32_t> of_first = batch->sequences[0].pages;
+  REQUIRE(of_first.size() == 2);
+  s.fence(begin + fence_time);
+  s.fence(begin + fence_time / 2); // of an earlier one
+  answer(s, *batch);               // of the new epoch: the first request ends
+  CHECK(s.count().num_free_pages == 2);
+  REQUIRE(s.submit(make_request(3, 2, 1)));
+  answer(s, *s.next()); // the second has room in its own page
+  CHECK(s.next() == nullptr);
+  s.end_fence(begin + fence_time - std::chrono::milliseconds(1));
+  CHECK(s.next() == nullptr);
+  CHECK(s.count().num_preemptions == 0); // that would free nothing
+  CHECK(s.count().num_running == 1);
+  s.end_fence(begin + fence_time);
+  batch = s.next();
+  REQUIRE(batch != nullptr);
+  CHECK(members(*batch) == std::vector<request_id>{2}); // what is left is its reserve
+  CHECK(std::count(of_first.begin(), of_first.end(), batch->sequences[0].pages.back()) == 1);
+}
+
+TEST_CASE("where it is not known what is in flight, no page is handed out behind a fence") {
+  replica_scheduler s{roomy()};
+  const time_point begin{};
+  s.fence_all(begin + fence_time);
+  REQUIRE(s.submit(make_request(1, 2, 1)));
+  CHECK(s.next() == nullptr);
+  s.end_fence(begin + fence_time - std::chrono::milliseconds(1));
+  CHECK(s.next() == nullptr);
+  CHECK(s.count().num_free_pages == 1000);
+  s.end_fence(begin + fence_time);
+  CHECK(s.next() != nullptr);
+}
+
 TEST_CASE("lost KV is computed again from the token logs, without a second event") {
   auto l = roomy();
   l.max_in_flight = 2;

@@ -24,6 +24,9 @@ public:
       check_events();
       if (pick(0, 3) > 0)
         send();
+      if (pick(0, 5) == 0)
+        num_late_ +=
+          pipeline_.write_late(pick(0, static_cast<std::uint32_t>(pipeline_.num_stages()) - 1));
     }
     drain();
   }
@@ -31,6 +34,8 @@ public:
   std::uint64_t num_preemptions() const { return scheduler_.count().num_preemptions; }
 
   std::uint64_t num_finished() const { return num_finished_; }
+
+  std::uint64_t num_late() const { return num_late_; }
 
   counters count() const { return scheduler_.count(); }
 
@@ -110,7 +115,7 @@ private:
     } else if (kind < 90) {
       complete();
     } else if (kind < 94) {
-      pipeline_.restart(pick(0, static_cast<std::uint32_t>(pipeline_.num_stages()) - 1));
+      strike();
     } else if (kind < 97 && !answered_.empty()) {
       const auto before = scheduler_.count();
       const auto idx = pick(0, static_cast<std::uint32_t>(answered_.size()) - 1);
@@ -123,7 +128,7 @@ private:
                && before.num_generated_tokens == after.num_generated_tokens,
              "a duplicate changes nothing");
     } else if (kind < 99) {
-      now_ += std::chrono::milliseconds(pick(1, 20));
+      pass(std::chrono::milliseconds(pick(1, 20)));
       scheduler_.expire(now_);
       std::vector<request_id> late;
       for (const auto& [id, l] : lives_)
@@ -133,6 +138,7 @@ private:
     } else if (pick(0, 3) == 0) {
       for (const auto* batch : pipeline_.in_flight())
         answered_.emplace_back(batch->step, std::vector<output_token>(batch->outputs.size()));
+      strike();
       pipeline_.clear();
       scheduler_.fail_all();
       std::vector<request_id> all;
@@ -141,6 +147,23 @@ private:
       check_events(all);
       ensure(scheduler_.count().num_free_pages == lim_.num_pages, "all pages are free");
     }
+  }
+
+  /// A stage dies. What its device has in work may be written as long as the fence stands; with
+  /// drafts its successor comes when nothing is left of it.
+  void strike() {
+    pipeline_.restart(pick(0, static_cast<std::uint32_t>(pipeline_.num_stages()) - 1));
+    if (lim_.draft_tokens > 0)
+      return pipeline_.forget_late();
+    fence_end_ = now_ + fence_time;
+    scheduler_.fence(fence_end_);
+  }
+
+  void pass(std::chrono::milliseconds time) {
+    now_ += time;
+    if (now_ >= fence_end_)
+      pipeline_.forget_late();
+    scheduler_.end_fence(now_);
   }
 
   void complete() {
@@ -317,6 +340,10 @@ private:
       const bool sent = send();
       if (scheduler_.count().num_in_flight == 0) {
         check_events();
+        if (now_ < fence_end_) {
+          pass(std::chrono::milliseconds(10)); // who waits for pages goes on behind it
+          continue;
+        }
         ensure(lives_.empty(), "with nothing in flight there is something to send");
         break;
       }
@@ -345,6 +372,8 @@ private:
   request_id last_id_ = 0;
   std::uint64_t last_step_ = 0;
   std::uint64_t num_finished_ = 0;
+  std::uint64_t num_late_ = 0;
+  time_point fence_end_{};
   std::vector<std::uint32_t> draft_counts_;
   std::vector<std::int32_t> drafts_;
 };
@@ -354,6 +383,7 @@ TEST_CASE("any schedule gives every request the tokens that it gets alone") {
   std::uint64_t num_finished = 0;
   std::uint64_t num_drafted = 0;
   std::uint64_t num_accepted = 0;
+  std::uint64_t num_late = 0;
   for (std::uint64_t seed = 1; seed <= 6000; ++seed) {
     INFO("seed " << seed);
     world w{seed};
@@ -362,10 +392,13 @@ TEST_CASE("any schedule gives every request the tokens that it gets alone") {
     num_finished += w.num_finished();
     num_drafted += w.count().num_drafted_tokens;
     num_accepted += w.count().num_accepted_tokens;
+    num_late += w.num_late();
   }
   INFO(num_preemptions << " preemptions, " << num_finished << " requests finished");
-  CHECK(num_preemptions > 4000);
+  CHECK(num_preemptions > 3000);
   CHECK(num_finished > 30000);
+  INFO(num_late << " late writes of the dead");
+  CHECK(num_late > 1000);
   INFO(num_accepted << " of " << num_drafted << " drafts accepted");
   CHECK(num_drafted > 10000);
   CHECK(num_accepted > num_drafted / 4);

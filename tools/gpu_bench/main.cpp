@@ -7,12 +7,13 @@
 #include <string>
 
 #include "boundary.hpp"
+#include "ranks.hpp"
 #include "step.hpp"
 #include "timing.hpp"
 
 /// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
-/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step; or
-/// boundary, alone.
+/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step
+/// ranks load; or boundary, alone.
 
 namespace gpu_bench {
 
@@ -320,7 +321,15 @@ int run(int argc, char** argv) {
     bench_experts(*ops);
   }
   if (wanted("step")) {
-    bench_steps(*ops);
+    gpu_ops* const alone[] = {ops.get()};
+    bench_steps(alone);
+  }
+  if (wanted("ranks")) {
+    bench_ranks();
+    bench_steps_of_ranks();
+  }
+  if (wanted("load")) {
+    bench_load();
   }
   if (!ops->failure().empty()) {
     std::fprintf(stderr, "gpu-bench: %s\n", ops->failure().c_str());

@@ -8,15 +8,12 @@
 #include <unordered_map>
 
 #include "timing.hpp"
-#include "troupe/model/stage_model.hpp"
+#include "troupe/model/stage_group.hpp"
+#include "troupe/model/tensor_shard.hpp"
 
 namespace gpu_bench {
 
-namespace {
-
-using namespace troupe;
-
-constexpr const char* kConfig = R"({
+const char* const kLayersOfR1 = R"({
  "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": false,
  "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 1, "hidden_act": "silu",
  "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
@@ -33,6 +30,10 @@ constexpr const char* kConfig = R"({
  "vocab_size": 129280,
  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                          "weight_block_size": [128, 128]}})";
+
+namespace {
+
+using namespace troupe;
 
 /// Weights made of one block of random bytes: tensors begin at different places of it, so that
 /// experts and layers differ. Enough for measuring, and there in seconds.
@@ -120,9 +121,9 @@ struct batch {
 
 } // namespace
 
-void bench_steps(kernels::cuda::gpu_ops& ops) {
+void bench_steps(std::span<kernels::cuda::gpu_ops* const> ranks) {
   constexpr std::int32_t kPage = 64, kPagesEach = 32, kMostSequences = 128, kMostRows = 2048;
-  auto config = model::parse_model_config(kConfig, "config.json");
+  auto config = model::parse_model_config(kLayersOfR1, "config.json");
   if (!config) {
     std::printf("steps: %s\n", config.error().cause.c_str());
     return;
@@ -132,18 +133,32 @@ void bench_steps(kernels::cuda::gpu_ops& ops) {
   options.end_layer = config->num_layers;
   options.max_rows = kMostRows;
   options.checks_finite = false;
-  auto stage =
-    model::stage_model::load(std::make_shared<shared_noise>(*config), *config, options, ops);
-  if (!stage) {
-    std::printf("steps: %s\n", stage.error().cause.c_str());
-    return;
-  }
-  auto& model = **stage;
+  const auto num_ranks = static_cast<std::int32_t>(ranks.size());
   const auto num_pages = kPagesEach * kMostSequences;
-  const auto kv = ops.allocate(model.kv_bytes(num_pages, kPage));
-  model.attach_kv(kv.get(), num_pages, kPage);
-  ops.synchronise();
-  std::printf("3 layers of R1 and the head: placed in %.1f s\n",
+  const auto weights = std::make_shared<shared_noise>(*config);
+  std::vector<std::unique_ptr<model::stage_model>> models;
+  std::vector<std::shared_ptr<void>> kv;
+  std::vector<void*> pages;
+  for (std::int32_t rank = 0; rank < num_ranks; ++rank) {
+    const auto part = model::rank_config(*config, rank, num_ranks);
+    if (!part) {
+      std::printf("steps: %s\n", part.error().cause.c_str());
+      return;
+    }
+    auto stage = model::stage_model::load(weights, *part, options, *ranks[rank]);
+    if (!stage) {
+      std::printf("steps: %s\n", stage.error().cause.c_str());
+      return;
+    }
+    kv.push_back(ranks[rank]->allocate((*stage)->kv_bytes(num_pages, kPage)));
+    pages.push_back(kv.back().get());
+    models.push_back(std::move(*stage));
+    ranks[rank]->synchronise();
+  }
+  model::stage_group group(std::move(models));
+  group.attach_kv(pages, num_pages, kPage);
+  auto& ops = *ranks.front();
+  std::printf("3 layers of R1 and the head, on %d GPU(s): placed in %.1f s\n", num_ranks,
               std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
 
   const auto run = [&](const batch& b, std::int32_t num_samples) {
@@ -153,9 +168,10 @@ void bench_steps(kernels::cuda::gpu_ops& ops) {
     std::vector<std::int32_t> rows(num_samples);
     std::iota(rows.begin(), rows.end(), static_cast<std::int32_t>(b.tokens.size()) - num_samples);
     std::vector<kernels::sampled_token> out(num_samples);
-    const bool ok =
-      model.forward(input).has_value()
-      && model.sample(rows, std::vector<kernels::sampling_params>(num_samples), out).has_value();
+    const bool ok = group.forward(input).has_value()
+                    && group.leader()
+                         .sample(rows, std::vector<kernels::sampling_params>(num_samples), out)
+                         .has_value();
     if (!ok) {
       std::printf("a step failed. %s\n", ops.failure().c_str());
     }
@@ -190,6 +206,27 @@ void bench_steps(kernels::cuda::gpu_ops& ops) {
   const double time = time_calls(ops, 5, [&] { run(b, 1); });
   std::printf("prefill of %d tokens: %31.1f us  %8.0f tokens/s\n", kMostRows, time,
               kMostRows / time * 1e6);
+}
+
+void bench_steps_of_ranks() {
+  for (std::int32_t num_ranks = 2; num_ranks <= std::min(8, kernels::cuda::num_devices());
+       num_ranks *= 2) {
+    std::vector<std::int32_t> devices(num_ranks);
+    std::iota(devices.begin(), devices.end(), 0);
+    std::string error;
+    const auto group = kernels::cuda::make_gpu_rank_group(devices, 2048, 7168, error);
+    std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> owned;
+    std::vector<kernels::cuda::gpu_ops*> ranks;
+    for (const auto device : devices) {
+      owned.push_back(kernels::cuda::make_cuda_ops(device, error, nullptr, nullptr, group, device));
+      ranks.push_back(owned.back().get());
+    }
+    if (group == nullptr || std::count(ranks.begin(), ranks.end(), nullptr) > 0) {
+      std::printf("steps on %d GPUs: %s\n", num_ranks, error.c_str());
+      return;
+    }
+    bench_steps(ranks);
+  }
 }
 
 } // namespace gpu_bench

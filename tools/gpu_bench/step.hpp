@@ -1,13 +1,24 @@
 #pragma once
 
-#include <string>
+#include <span>
 
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 
 namespace gpu_bench {
 
+/// config.json of a model of the first layers of DeepSeek-R1, one dense and two of experts.
+extern const char* const kLayersOfR1;
+
 /// Decoding and prefill of the first layers of DeepSeek-R1 (one dense, two of experts) and its
-/// head, through the stage that a worker runs. Weights are random.
-void bench_steps(troupe::kernels::cuda::gpu_ops& ops);
+/// head, through the stage that a worker runs, on one GPU or on several ranks that compute
+/// together. Weights are random.
+void bench_steps(std::span<troupe::kernels::cuda::gpu_ops* const> ranks);
+
+/// The same on all GPUs, as far as they are a power of two.
+void bench_steps_of_ranks();
+
+/// Loads the same layers as made-up weights, twice: as who makes them and as who finds them made.
+/// How long that takes, and what becomes of the memory while the stage computes.
+void bench_load();
 
 } // namespace gpu_bench

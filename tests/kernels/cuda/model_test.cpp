@@ -20,15 +20,53 @@ std::string source_directory() {
   return given != nullptr ? given : TROUPE_SOURCE_DIR;
 }
 
-/// A model of one stage on the GPU.
+/// Operations of ranks that compute together, each on a GPU of its own as far as there are any.
+class gpu_ranks {
+public:
+  explicit gpu_ranks(std::int32_t size) {
+    std::vector<std::int32_t> devices;
+    for (std::int32_t rank = 0; rank < size; ++rank)
+      devices.push_back(rank % kernels::cuda::num_devices());
+    std::string error;
+    const auto group = kernels::cuda::make_gpu_rank_group(devices, 2048, 2048, error);
+    INFO(error);
+    REQUIRE(group != nullptr);
+    for (std::int32_t rank = 0; rank < size; ++rank) {
+      owned_.push_back(
+        kernels::cuda::make_cuda_ops(devices[rank], error, nullptr, nullptr, group, rank));
+      REQUIRE(owned_.back() != nullptr);
+      all.push_back(owned_.back().get());
+    }
+  }
+
+  std::string failures() const {
+    std::string result;
+    for (const auto& one : owned_)
+      result += one->failure();
+    return result;
+  }
+  std::uint64_t num_repeated_steps() const { return owned_.back()->num_repeated_steps(); }
+
+  std::vector<kernels::ops*> all;
+
+private:
+  std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> owned_;
+};
+
+/// A model of one stage on a GPU, or on several.
 class gpu_model {
 public:
   static constexpr std::int32_t page_tokens = 16;
 
   gpu_model(const std::string& directory, std::int32_t max_sequences, std::int32_t max_tokens,
             std::int32_t max_rows, kernels::ops* ops = nullptr, std::int32_t max_drafts = 0)
-    : ops_(ops != nullptr ? *ops : *gpu()),
-      pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
+    : gpu_model(directory, max_sequences, max_tokens, max_rows,
+                std::vector<kernels::ops*>{ops != nullptr ? ops : gpu()}, max_drafts) {}
+
+  gpu_model(const std::string& directory, std::int32_t max_sequences, std::int32_t max_tokens,
+            std::int32_t max_rows, const std::vector<kernels::ops*>& ranks,
+            std::int32_t max_drafts = 0)
+    : ops_(*ranks.front()), pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
     auto config = load_model_config(directory);
     REQUIRE(config);
     auto source = open_weights(directory);
@@ -36,15 +74,24 @@ public:
     const auto num_pages = pages_per_sequence_ * max_sequences;
     stage_options options{0, config->num_layers, max_rows, true};
     options.max_drafts = max_drafts;
-    auto stage = stage_model::load(*source, *config, options, ops_);
-    REQUIRE(stage);
-    stage_ = std::move(*stage);
-    kv_ = ops_.allocate(stage_->kv_bytes(num_pages, page_tokens));
-    stage_->attach_kv(kv_.get(), num_pages, page_tokens);
+    const auto num_ranks = static_cast<std::int32_t>(ranks.size());
+    std::vector<std::unique_ptr<stage_model>> models;
+    std::vector<void*> kv;
+    for (std::int32_t rank = 0; rank < num_ranks; ++rank) {
+      auto part = num_ranks == 1 ? config : rank_config(*config, rank, num_ranks);
+      REQUIRE(part);
+      auto model = stage_model::load(*source, *part, options, *ranks[rank]);
+      REQUIRE(model);
+      kv_.push_back(ranks[rank]->allocate((*model)->kv_bytes(num_pages, page_tokens)));
+      kv.push_back(kv_.back().get());
+      models.push_back(std::move(*model));
+    }
+    group_ = std::make_unique<stage_group>(std::move(models));
+    group_->attach_kv(kv, num_pages, page_tokens);
   }
 
-  stage_model& stage() { return *stage_; }
-  std::int32_t vocab_size() const { return stage_->config().vocab_size; }
+  stage_model& stage() { return group_->leader(); }
+  std::int32_t vocab_size() const { return group_->leader().config().vocab_size; }
 
   void forward(const std::vector<test::slice>& slices) {
     std::vector<std::int32_t> tokens, positions, sequences, tables, offsets;
@@ -62,7 +109,7 @@ public:
     stage_input input;
     input.tokens = tokens;
     input.batch = {positions, sequences, tables, offsets};
-    auto hidden = stage_->forward(input);
+    auto hidden = group_->forward(input);
     if (!hidden)
       FAIL(hidden.error().cause << " " << ops_.failure());
   }
@@ -75,23 +122,23 @@ public:
     std::vector<std::int32_t> tables(pages_per_sequence_);
     std::iota(tables.begin(), tables.end(), 0);
     const std::vector<draft_chain> chains{{0, count, {}}};
-    std::vector<std::int32_t> result(stage_->options().max_drafts);
+    std::vector<std::int32_t> result(stage().options().max_drafts);
     draft_input input;
     input.rows = rows;
     input.tokens = tokens;
     input.batch = {positions, sequences, tables, offsets};
     input.chains = chains;
-    REQUIRE(stage_->draft(input, result));
+    REQUIRE(stage().draft(input, result));
     return result;
   }
 
   void append_logits(std::int32_t first, std::int32_t count, std::vector<float>& out) {
     for (std::int32_t row = first; row < first + count;) {
-      const auto step = std::min(first + count - row, stage_->max_logit_rows());
+      const auto step = std::min(first + count - row, stage().max_logit_rows());
       std::vector<std::int32_t> rows(step);
       for (auto& one : rows)
         one = row++;
-      auto logits = stage_->logits(rows);
+      auto logits = stage().logits(rows);
       REQUIRE(logits);
       const auto at = out.size();
       out.resize(at + static_cast<std::size_t>(step) * vocab_size());
@@ -117,9 +164,23 @@ public:
 private:
   kernels::ops& ops_;
   std::int32_t pages_per_sequence_;
-  std::unique_ptr<stage_model> stage_;
-  std::shared_ptr<void> kv_;
+  std::vector<std::shared_ptr<void>> kv_; ///< by rank
+  std::unique_ptr<stage_group> group_;
 };
+
+/// A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
+/// position far; dense models have no such positions. The models of odd shapes have steep logits:
+/// they are here for the bits.
+void check_deviations(const std::string& name, std::vector<double>& deviations, bool is_odd) {
+  const double median = test::quantile(deviations, 0.5);
+  const double most = test::quantile(deviations, 0.9);
+  char line[120];
+  std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
+                name.c_str(), median, most, test::quantile(deviations, 1.0));
+  WARN(line);
+  CHECK(median < (is_odd ? 2e-1 : 3e-2));
+  CHECK(most < (is_odd ? 1.0 : 1e-1));
+}
 
 } // namespace
 
@@ -150,29 +211,17 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
         CHECK(gpu()->num_repeated_steps() > repeated); // rows that came one by one
       }
     }
-    // A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
-    // position far; dense models have no such positions.
-    const double median = test::quantile(deviations, 0.5);
-    const double most = test::quantile(deviations, 0.9);
-    char line[80];
-    std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
-                  name.c_str(), median, most, test::quantile(deviations, 1.0));
-    WARN(line);
-    // The models of odd shapes have steep logits: they are here for the bits.
-    const bool is_odd = name.starts_with("shapes/");
-    CHECK(median < (is_odd ? 2e-1 : 3e-2));
-    CHECK(most < (is_odd ? 1.0 : 1e-1));
+    check_deviations(name, deviations, name.starts_with("shapes/"));
   }
   CHECK(gpu()->failure().empty());
 }
 
-TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden tokens", "[model]") {
-  if (gpu() == nullptr)
-    return;
+/// Greedy tokens of all golden conversations, in one crowd, are the golden ones.
+void check_conversations(const std::vector<kernels::ops*>& ranks) {
   const auto directory = source_directory() + "/configs/models/troupe-mini";
   const auto expected = test::load_golden(directory);
   const auto num_sequences = static_cast<std::int32_t>(expected.size());
-  gpu_model model(directory, num_sequences, 320, 2048);
+  gpu_model model(directory, num_sequences, 320, 2048, ranks);
   std::vector<test::slice> slices;
   std::vector<std::vector<std::int32_t>> drawn(expected.size());
   for (std::int32_t s = 0; s < num_sequences; ++s)
@@ -200,6 +249,50 @@ TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden token
   for (std::int32_t s = 0; s < num_sequences; ++s) {
     INFO("conversation " << s << ", margin " << expected[s].min_margin);
     CHECK(drawn[s] == expected[s].tokens);
+  }
+}
+
+TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden tokens", "[model]") {
+  if (gpu() != nullptr)
+    check_conversations({gpu()});
+}
+
+TEST_CASE("stages on two and four ranks: golden values, the same bits in any chunks", "[model]") {
+  if (gpu() == nullptr)
+    return;
+  for (const std::int32_t num_ranks : {2, 4}) {
+    if (kernels::cuda::num_devices() < num_ranks) {
+      WARN("skipped: there are not " << num_ranks << " GPUs here");
+      continue; // ranks that share a GPU keep each other from running
+    }
+    gpu_ranks ranks(num_ranks);
+    for (const std::string name :
+         {"reference/deepseek_v3", "reference/deepseek_v3_fp8", "reference/deepseek_v2",
+          "reference/llama", "reference/qwen2", "mini"}) {
+      const auto directory =
+        source_directory()
+        + (name == "mini" ? "/configs/models/troupe-mini" : "/tests/data/" + name);
+      const auto config = load_model_config(directory);
+      REQUIRE(config);
+      if (!rank_config(*config, 0, num_ranks))
+        continue; // too few heads
+      INFO(name << " on " << num_ranks << " ranks");
+      const auto expected = test::load_golden(directory);
+      gpu_model model(directory, 1, 512, 512, ranks.all);
+      std::vector<double> deviations;
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        const auto tokens = expected[i].all_tokens();
+        const auto whole = model.score(tokens, 512);
+        test::add_deviations(expected[i], whole, model.vocab_size(), deviations);
+        if (i < 2)
+          for (const std::int32_t chunk : {1, 7, 64})
+            CHECK(same_bits(model.score(tokens, chunk), whole));
+      }
+      check_deviations(name + " on " + std::to_string(num_ranks) + " ranks", deviations, false);
+    }
+    CHECK(ranks.num_repeated_steps() > 0);
+    check_conversations(ranks.all);
+    CHECK(ranks.failures().empty());
   }
 }
 

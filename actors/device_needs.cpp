@@ -1,0 +1,132 @@
+#include "troupe/actors/device_needs.hpp"
+
+#include "troupe/model/device_size.hpp"
+#include "troupe/model/tensor_shard.hpp"
+#include "troupe/placement/plan.hpp"
+
+#include <algorithm>
+#include <set>
+
+#include <fmt/format.h>
+
+namespace troupe::actors {
+
+namespace {
+
+std::int32_t number(std::uint32_t value) {
+  return static_cast<std::int32_t>(value);
+}
+
+/// The same numbers that a worker loads a stage with.
+model::stage_options options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
+                                const model::model_config& model) {
+  model::stage_options options;
+  options.first_layer = number(stage.first_layer());
+  options.end_layer = number(stage.end_layer());
+  options.max_rows = number(plan.max_batch_tokens());
+  options.with_local_experts = plan.num_expert_groups() == 0;
+  if (options.end_layer == model.num_layers)
+    options.max_drafts = number(plan.draft_tokens());
+  return options;
+}
+
+placement::device_need need_of_stage(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
+                                     const model::model_config& model) {
+  const auto options = options_of(stage, plan, model);
+  model::model_part part;
+  part.first_layer = options.first_layer;
+  part.end_layer = options.end_layer;
+  part.end_expert = options.with_local_experts ? model.num_experts : 0;
+  part.mtp = options.max_drafts > 0;
+  placement::device_need need;
+  need.weights = model::device_weight_bytes(model, part);
+  const auto ranks = static_cast<std::uint64_t>(model.part.num_ranks);
+  need.kv_pages = stage.kv_bytes() / ranks;
+  need.scratch = model::device_scratch_bytes(model, options);
+  if (ranks > 1) // where the ranks meet: rows of two calls, coming and added up
+    need.scratch += 4 * sizeof(std::uint16_t) * plan.max_batch_tokens()
+                    * static_cast<std::uint64_t>(model.hidden_size);
+  need.graphs = placement::graph_bytes(stage.end_layer() - stage.first_layer());
+  return need;
+}
+
+placement::device_need need_of_experts(const proto::ActorPlan& group,
+                                       const proto::ClusterPlan& plan,
+                                       const model::model_config& model) {
+  model::model_part part;
+  part.trunk = false;
+  part.end_layer = model.num_layers;
+  part.first_expert = number(group.first_expert());
+  part.end_expert = number(group.end_expert());
+  part.mtp = plan.draft_tokens() > 0;
+  placement::device_need need;
+  need.weights = model::device_weight_bytes(model, part);
+  need.scratch = model::device_scratch_bytes(model, part.end_expert - part.first_expert,
+                                             number(plan.max_batch_tokens()));
+  return need;
+}
+
+} // namespace
+
+placement::device_need
+device_need_of(const google::protobuf::RepeatedPtrField<proto::ActorPlan>& actors,
+               const proto::ClusterPlan& plan, const model::model_config& model) {
+  // Rank 0 has the head besides.
+  const auto part = model::rank_config(model, 0, std::max(1, number(plan.tensor_ranks())));
+  placement::device_need need;
+  for (const auto& actor : actors)
+    need += actor.kind() == proto::STAGE ? need_of_stage(actor, plan, part ? *part : model)
+                                         : need_of_experts(actor, plan, model);
+  return need;
+}
+
+std::vector<planned_device> device_needs(const proto::ClusterPlan& plan,
+                                         const model::model_config& model) {
+  std::vector<planned_device> result;
+  std::set<std::pair<std::string, std::string>> of_nodes;
+  for (const auto& worker : plan.workers()) {
+    if (!worker.device().starts_with("cuda:"))
+      continue;
+    for (const auto& device : placement::devices_of(worker.device())) {
+      of_nodes.emplace(worker.node(), device);
+      if (worker.actors().empty())
+        continue;
+      auto found = std::find_if(result.begin(), result.end(), [&](const auto& one) {
+        return one.node == worker.node() && one.device == device;
+      });
+      if (found == result.end()) {
+        planned_device made{worker.node(), device, {}};
+        made.need.contexts = placement::context_bytes; // of the keeper
+        found = result.insert(result.end(), std::move(made));
+      }
+      found->need += device_need_of(worker.actors(), plan, model);
+      found->need.contexts += placement::context_bytes;
+    }
+  }
+  // Standbys are given the GPUs of every worker of a node in turn.
+  for (auto& one : result) {
+    const auto of_node = static_cast<std::uint32_t>(std::count_if(
+      of_nodes.begin(), of_nodes.end(), [&](auto& gpu) { return gpu.first == one.node; }));
+    one.need.contexts += placement::context_bytes
+                         * ((plan.standbys() * std::max(1U, plan.tensor_ranks()) + of_node - 1)
+                            / std::max(of_node, 1U));
+  }
+  return result;
+}
+
+expected<void>
+check_devices(const proto::ClusterPlan& plan, const model::model_config& model,
+              const std::function<std::optional<std::uint64_t>(const planned_device&)>& memory_of) {
+  const auto kv_tokens = plan.kv_pages() * plan.page_tokens();
+  for (const auto& one : device_needs(plan, model)) {
+    const auto memory = memory_of(one);
+    if (!memory)
+      continue;
+    const auto name = fmt::format("{} of {}", one.device, one.node);
+    if (auto ok = placement::check_device(name, one.need, *memory, kv_tokens); !ok)
+      return ok;
+  }
+  return {};
+}
+
+} // namespace troupe::actors

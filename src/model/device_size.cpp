@@ -1,0 +1,168 @@
+#include "troupe/model/device_size.hpp"
+
+#include <algorithm>
+#include <string_view>
+
+namespace troupe::model {
+
+namespace {
+
+// What kernels/cuda does (packed_matrix.hpp, backend.cpp, products.cpp).
+constexpr std::uint64_t kTileRows = 16;
+constexpr std::uint64_t kBlockCols = 128;
+constexpr std::uint64_t kWeightSlab = std::uint64_t{256} << 20;
+constexpr std::uint64_t kStaged = std::uint64_t{64} << 20;
+constexpr std::uint64_t kUploads = std::uint64_t{16} << 20;
+constexpr std::uint64_t kSlab = std::uint64_t{16} << 20;
+
+/// Latent queries are taken so many rows at a time (latent_attention.cpp), logits so many
+/// (stage_model.cpp).
+constexpr std::uint64_t kLatentRows = 256;
+constexpr std::uint64_t kLogitRows = 64;
+
+/// Routed rows of a mixture that the device computes without the host.
+constexpr std::uint64_t kMixedRows = 64;
+
+constexpr std::uint64_t kWide = 2; ///< bytes of what is computed with
+
+std::uint64_t round_up(std::uint64_t value, std::uint64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+std::uint64_t size(std::int32_t value) {
+  return static_cast<std::uint64_t>(std::max(value, 0));
+}
+
+/// How a quantized matrix is kept.
+struct packing {
+  std::uint64_t bits = 16;
+  std::uint64_t block_rows = 0; ///< that share a scale; 0: no scales
+  std::uint64_t block_cols = 0;
+};
+
+/// Scales that change within a block of columns make the device expand a matrix.
+packing packing_of(const model_config& config, const tensor_spec& spec) {
+  if (spec.name.find("_proj") == std::string::npos || config.weight_bits >= 16)
+    return {};
+  packing result{static_cast<std::uint64_t>(config.weight_bits), 1, size(spec.num_cols)};
+  if (config.fp8) {
+    result.block_rows = size(config.fp8->block_rows);
+    result.block_cols = size(config.fp8->block_cols);
+  } else if (config.packed && config.packed->group_size > 0) {
+    result.block_cols = size(config.packed->group_size);
+  } else if (config.int8 && config.int8->group_size > 0
+             && spec.num_cols % config.int8->group_size == 0) {
+    result.block_cols = size(config.int8->group_size);
+  }
+  const bool is_expanded =
+    result.block_cols < size(spec.num_cols) && result.block_cols % kBlockCols != 0;
+  return is_expanded ? packing{} : result;
+}
+
+std::uint64_t placed_bytes(const model_config& config, const tensor_spec& spec) {
+  const auto rows = size(spec.num_rows);
+  const auto cols = size(spec.num_cols);
+  if (spec.num_rows == 0)
+    return cols * sizeof(float);
+  if (spec.name == "model.embed_tokens.weight" && !config.tie_word_embeddings)
+    return rows * cols * kWide;
+  if (spec.name.ends_with("kv_b_proj.weight")) {
+    // In two parts, of which the keys are transposed by head.
+    const auto heads = size(config.num_heads);
+    const auto latent = round_up(size(config.kv_lora_rank), kBlockCols);
+    const auto keys =
+      heads * size(config.kv_lora_rank) * round_up(size(config.qk_nope_head_dim), kBlockCols);
+    return (keys + heads * size(config.v_head_dim) * latent) * kWide;
+  }
+  const auto how = packing_of(config, spec);
+  auto bytes = round_up(rows, kTileRows) * round_up(cols, kBlockCols) * how.bits / 8;
+  if (how.block_rows > 0)
+    bytes += (rows + how.block_rows - 1) / how.block_rows
+             * ((cols + how.block_cols - 1) / how.block_cols) * sizeof(float);
+  if (spec.name == "model.embed_tokens.weight")
+    bytes += rows * cols * kWide; // the head is the same tensor, and kept apart
+  return bytes;
+}
+
+/// Rows as the matrix unit wants them, of the widest products.
+std::uint64_t packed_rows(std::uint64_t rows, std::uint64_t cols) {
+  return (rows + 8 * 16) * round_up(cols, kBlockCols) * kWide;
+}
+
+/// Room for the products of experts, and for a mixture that the host does not see.
+std::uint64_t expert_products(const model_config& config, std::uint64_t num_tasks) {
+  const auto inner = round_up(size(config.moe_intermediate_size), kBlockCols);
+  const auto hidden = size(config.hidden_size);
+  const auto most_slots = num_tasks + 7 * (num_tasks / 33);
+  const auto mixed = kMixedRows * (size(config.num_experts_per_token) + 1);
+  return 2 * num_tasks * inner * kWide + packed_rows(most_slots, std::max(hidden, inner))
+         + 2 * mixed * inner * kWide + 4096 * size(config.num_experts) * sizeof(float);
+}
+
+/// Buffers are in slabs, or in blocks of 2 MiB of their own; some grow in large steps.
+std::uint64_t with_margin(std::uint64_t bytes) {
+  return bytes + bytes / 8 + kStaged + kUploads + 2 * kSlab;
+}
+
+} // namespace
+
+std::uint64_t device_weight_bytes(const model_config& config, const model_part& part) {
+  std::uint64_t bytes = 0;
+  for (const auto& spec : list_tensors(config, part))
+    bytes += round_up(placed_bytes(config, spec), 256);
+  // The last piece of a slab finds no room in it now and then.
+  return bytes + bytes / 32 + kWeightSlab;
+}
+
+std::uint64_t device_scratch_bytes(const model_config& config, const stage_options& options) {
+  const auto rows = size(options.max_rows);
+  const auto hidden = size(config.hidden_size);
+  const auto heads = size(config.num_heads);
+  std::uint64_t widest = 0;
+  bool has_moe = false;
+  for (auto layer = options.first_layer; layer < options.end_layer + (options.max_drafts > 0);
+       ++layer) {
+    has_moe = has_moe || config.is_moe_layer(layer);
+    widest = std::max(widest, size(config.is_moe_layer(layer) ? config.shared_intermediate_size()
+                                                              : config.intermediate_size));
+  }
+  std::uint64_t elements = rows * (3 * hidden + 2 * widest);
+  std::uint64_t packed = packed_rows(rows, std::max(hidden, widest));
+  if (config.attention == attention_kind::latent) {
+    const auto block = std::min(rows, kLatentRows);
+    const auto latent = heads * size(config.kv_lora_rank);
+    const auto values = heads * size(config.v_head_dim);
+    elements += rows
+                  * (size(config.q_lora_rank) + heads * size(config.qk_head_dim())
+                     + size(config.kv_dim()) + values)
+                + 2 * block * latent;
+    packed = std::max({packed, packed_rows(block, latent), packed_rows(rows, values)});
+  } else {
+    elements += rows * (2 * heads * size(config.head_dim) + size(config.kv_dim()));
+    packed = std::max(packed, packed_rows(rows, heads * size(config.head_dim)));
+  }
+  std::uint64_t bytes = 0;
+  if (has_moe) {
+    const auto num_tasks = rows * size(config.num_experts_per_token);
+    elements += num_tasks * hidden;
+    if (options.with_local_experts)
+      bytes += expert_products(config, num_tasks);
+  }
+  if (options.end_layer == config.num_layers) // logits, and what is left of them by a ban
+    bytes += 2 * std::min(rows, kLogitRows) * size(config.vocab_size) * sizeof(float);
+  if (options.max_drafts > 0) {
+    elements += rows * 3 * hidden;
+    packed = std::max(packed, packed_rows(rows, 2 * hidden));
+  }
+  return with_margin(bytes + elements * kWide + packed);
+}
+
+std::uint64_t device_scratch_bytes(const model_config& config, std::int32_t num_experts,
+                                   std::int32_t max_rows) {
+  const auto rows = size(max_rows);
+  const auto num_tasks = rows * std::min(size(config.num_experts_per_token), size(num_experts));
+  return with_margin((rows + num_tasks) * size(config.hidden_size) * kWide
+                     + expert_products(config, num_tasks));
+}
+
+} // namespace troupe::model

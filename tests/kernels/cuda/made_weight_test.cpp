@@ -1,0 +1,181 @@
+#include "gpu.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+#include "troupe/kernels/cuda/packed_matrix.hpp"
+#include "troupe/kernels/made_weight.hpp"
+#include "troupe/model/random_weights.hpp"
+
+using namespace troupe;
+using namespace troupe::model;
+using kernel_tests::gpu;
+using kernels::element_type;
+using kernels::weight_matrix;
+using kernels::weight_use;
+
+namespace {
+
+std::vector<unsigned char> download(const void* from, std::size_t bytes) {
+  std::vector<unsigned char> result(bytes);
+  const auto halves = static_cast<std::int32_t>(bytes / 2);
+  gpu()->copy_to_host({const_cast<void*>(from), 1, halves, halves}, result.data());
+  return result;
+}
+
+/// Whether two placed product weights are the same, bit by bit.
+bool same(const weight_matrix& a, const weight_matrix& b) {
+  const auto& x = *static_cast<const kernels::cuda::packed_matrix*>(a.packed);
+  const auto& y = *static_cast<const kernels::cuda::packed_matrix*>(b.packed);
+  const auto bytes =
+    static_cast<std::size_t>(kernels::cuda::packed_bytes(x.num_rows, x.num_chunks));
+  if (!kernels::cuda::same_shape(x, y) || (x.scales == nullptr) != (y.scales == nullptr)
+      || download(x.data, bytes) != download(y.data, bytes))
+    return false;
+  const auto num_scales =
+    static_cast<std::size_t>(kernels::cuda::ceil_div(x.num_rows, x.block_rows) * x.num_scale_cols);
+  return x.scales == nullptr
+         || download(x.scales, num_scales * 4) == download(y.scales, num_scales * 4);
+}
+
+/// A model whose matrices end in the middle of blocks and tiles.
+random_weights source_of(const nlohmann::json& quantization, int vocab = 300, int hidden = 384,
+                         int inner = 200) {
+  nlohmann::json text{
+    {"model_type", "llama"},         {"vocab_size", vocab},    {"hidden_size", hidden},
+    {"intermediate_size", inner},    {"num_hidden_layers", 1}, {"num_attention_heads", 4},
+    {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-6},   {"eos_token_id", 1}};
+  if (!quantization.is_null())
+    text["quantization_config"] = quantization;
+  auto config = parse_model_config(text.dump(), "r.json");
+  REQUIRE(config);
+  return {*config, "r.json"};
+}
+
+const nlohmann::json kFp8{{"quant_method", "fp8"}, {"weight_block_size", {128, 128}}};
+
+nlohmann::json int8_of(int group) {
+  return {
+    {"quant_method", "compressed-tensors"},
+    {"config_groups", {{"group_0", {{"weights", {{"num_bits", 8}, {"group_size", group}}}}}}}};
+}
+
+stored_weight find(random_weights& source, const nlohmann::json& quantization,
+                   const std::string& name, int rows, int cols, weight_loading how) {
+  model_config config;
+  if (quantization == kFp8)
+    config.fp8 = fp8_config{128, 128};
+  auto weight = find_weight(source, config, name, rows, cols, how);
+  if (!weight)
+    FAIL(weight.error().cause);
+  return std::move(*weight);
+}
+
+const std::string kUp = "model.layers.0.mlp.up_proj.weight";     // [inner, hidden]
+const std::string kDown = "model.layers.0.mlp.down_proj.weight"; // [hidden, inner]
+
+} // namespace
+
+TEST_CASE("weights made by the GPU are those of the host, bit by bit") {
+  if (gpu() == nullptr)
+    return;
+  const auto quantization = GENERATE(nlohmann::json(), kFp8, int8_of(128), int8_of(96));
+  CAPTURE(quantization.dump());
+  auto source = source_of(quantization);
+  const struct {
+    std::string name;
+    int rows, cols;
+  } matrices[] = {{kUp, 200, 384}, {kDown, 384, 200}, {"lm_head.weight", 300, 384}};
+  for (const auto& [name, rows, cols] : matrices) {
+    CAPTURE(name);
+    const auto made = find(source, quantization, name, rows, cols, weight_loading::recipe);
+    const auto stored = find(source, quantization, name, rows, cols, weight_loading::load);
+    REQUIRE(made.recipe);
+    REQUIRE(made.view().data == nullptr);
+    CHECK(made.num_bytes == stored.num_bytes);
+    CHECK(made.num_tensors == stored.num_tensors);
+    CHECK(same(gpu()->place(made.view()), gpu()->place(stored.view())));
+    const auto a = gpu()->place(made.view(), weight_use::stored);
+    const auto b = gpu()->place(stored.view(), weight_use::stored);
+    const auto bytes = static_cast<std::size_t>(rows) * cols * 2;
+    CHECK(a.type == element_type::bf16);
+    CHECK(download(a.data, bytes) == download(b.data, bytes));
+  }
+  CHECK(gpu()->failure().empty());
+}
+
+TEST_CASE("large weights made or brought in parts are whole", "[large]") {
+  if (gpu() == nullptr)
+    return;
+  const auto quantization = GENERATE(nlohmann::json(), kFp8);
+  auto source = source_of(quantization, 300, 1024, 70000);
+  const auto made = find(source, quantization, kUp, 70000, 1024, weight_loading::recipe);
+  const auto stored = find(source, quantization, kUp, 70000, 1024, weight_loading::load);
+  const auto placed = gpu()->place(stored.view());
+  CHECK(same(gpu()->place(made.view()), placed));
+  // Rows of the last part, as a weight of their own.
+  constexpr int first = 69888;
+  auto last = stored.view();
+  last.num_rows -= first;
+  last.data = static_cast<const char*>(last.data) + first * kernels::row_bytes(last.type, 1024);
+  if (last.scales != nullptr)
+    last.scales += first / 128 * 8;
+  const auto& whole = *static_cast<const kernels::cuda::packed_matrix*>(placed.packed);
+  const auto part = gpu()->place(last);
+  const auto bytes =
+    static_cast<std::size_t>(kernels::cuda::packed_bytes(70000 - first, whole.num_chunks));
+  const auto* at =
+    static_cast<const char*>(whole.data) + kernels::cuda::packed_bytes(first, whole.num_chunks);
+  CHECK(download(part.data, bytes) == download(at, bytes));
+}
+
+TEST_CASE("a part of a made-up weight has the codes and scales of the whole") {
+  if (gpu() == nullptr)
+    return;
+  const auto quantization = GENERATE(nlohmann::json(), kFp8, int8_of(128), int8_of(0));
+  CAPTURE(quantization.dump());
+  auto source = source_of(quantization);
+  const auto stored = find(source, quantization, kUp, 200, 384, weight_loading::load);
+  const auto whole = stored.view();
+  const bool scaled = whole.scales != nullptr;
+  const struct {
+    int first_row, end_row, first_col, end_col, block_rows;
+  } parts[] = {{0, 128, 0, 256, 128}, {128, 200, 128, 384, 128}, {64, 128, 256, 384, 64}};
+  for (const auto& p : parts) {
+    CAPTURE(p.first_row, p.first_col);
+    const int rows = p.end_row - p.first_row;
+    const int cols = p.end_col - p.first_col;
+    auto made = find(source, quantization, kUp, 200, 384, weight_loading::recipe);
+    made.recipe->first_row = p.first_row;
+    made.recipe->first_col = p.first_col;
+    made.num_rows = rows;
+    made.num_cols = cols;
+    made.block_rows = std::min(made.block_rows, p.block_rows);
+    made.block_cols = std::min(made.block_cols, cols);
+
+    weight_matrix cut = whole;
+    cut.num_rows = rows;
+    cut.num_cols = cols;
+    const auto size = kernels::size_of(whole.type);
+    std::vector<unsigned char> codes;
+    for (int row = 0; row < rows; ++row) {
+      const auto* from = static_cast<const unsigned char*>(whole.data)
+                         + ((p.first_row + row) * 384 + p.first_col) * size;
+      codes.insert(codes.end(), from, from + cols * size);
+    }
+    cut.data = codes.data();
+    std::vector<float> scales;
+    if (scaled) {
+      cut.block_rows = made.block_rows;
+      cut.block_cols = made.block_cols;
+      const int across = (384 + whole.block_cols - 1) / whole.block_cols;
+      for (int row = p.first_row; row < p.end_row; row += cut.block_rows)
+        for (int col = p.first_col; col < p.end_col; col += cut.block_cols)
+          scales.push_back(whole.scales[row / whole.block_rows * across + col / whole.block_cols]);
+      cut.scales = scales.data();
+    }
+    CHECK(same(gpu()->place(made.view()), gpu()->place(cut)));
+  }
+}

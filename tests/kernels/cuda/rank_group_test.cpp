@@ -1,0 +1,524 @@
+#include "gpu.hpp"
+
+#include <barrier>
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <set>
+#include <thread>
+
+#include <cuda_runtime_api.h>
+
+#include "troupe/kernels/cuda/rank_group.hpp"
+
+namespace kernel_tests {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+using troupe::kernels::cuda::exchange_way;
+using troupe::kernels::cuda::gpu_rank_group;
+using troupe::kernels::cuda::make_cuda_ops;
+using troupe::kernels::cuda::make_gpu_rank_group;
+using troupe::kernels::cuda::num_devices;
+using troupe::kernels::cuda::rank_group;
+
+namespace {
+
+/// Ranks that share a GPU wait for each other's kernels: each stream needs a queue of its own, and
+/// kernels have to be there before any waits. Read when the driver starts.
+const bool has_environment = [] {
+  ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  ::setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  return true;
+}();
+
+using bits = std::vector<std::uint16_t>;
+
+/// Values of very different sizes, a fourth of which cancel what the rank before has, so that the
+/// order of additions shows.
+std::vector<bits> random_parts(int num_ranks, std::size_t count, std::mt19937& random) {
+  std::vector<bits> parts(num_ranks, bits(count));
+  for (std::size_t i = 0; i < count; ++i) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      const auto draw = static_cast<std::uint32_t>(random());
+      parts[rank][i] =
+        static_cast<std::uint16_t>((draw & 0x807FU) | (112 + (draw >> 20) % 32) << 7);
+      if (rank > 0 && draw >> 30 == 0) {
+        parts[rank][i] = parts[rank - 1][i] ^ 0x8000U;
+      }
+    }
+  }
+  return parts;
+}
+
+bits sum_in_order(const std::vector<bits>& parts, bool backwards = false) {
+  bits result(parts.front().size());
+  const auto last = static_cast<int>(parts.size()) - 1;
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    float sum = bf16_value(parts[backwards ? last : 0][i]);
+    for (int rank = 1; rank <= last; ++rank) {
+      sum += bf16_value(parts[backwards ? last - rank : rank][i]);
+    }
+    result[i] = to_bf16(sum);
+  }
+  return result;
+}
+
+/// Which elements differ, so that a failure does not print them all.
+std::size_t num_different(const bits& a, const bits& b) {
+  std::size_t result = a.size() == b.size() ? 0 : std::max(a.size(), b.size());
+  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    result += a[i] != b[i] ? 1 : 0;
+  }
+  return result;
+}
+
+/// A group with an object of operations and some memory a rank.
+class team {
+public:
+  team(const std::vector<std::int32_t>& devices, int max_rows, int num_cols,
+       milliseconds deadline = milliseconds(5000))
+    : devices_(devices) {
+    std::string error;
+    group_ = make_gpu_rank_group(devices, max_rows, num_cols, error, deadline);
+    INFO(error);
+    REQUIRE(group_ != nullptr);
+    CHECK(group_->size() == size());
+    for (int rank = 0; rank < size(); ++rank) {
+      ops_.push_back(make_cuda_ops(devices[rank], error, nullptr, nullptr, group_, rank));
+      INFO(error);
+      REQUIRE(ops_.back() != nullptr);
+      memory_.push_back(nullptr);
+    }
+  }
+
+  int size() const { return static_cast<int>(devices_.size()); }
+  gpu_ops& ops(int rank) { return *ops_[rank]; }
+  const rank_group& group() const { return static_cast<const rank_group&>(*group_); }
+
+  void reserve(std::size_t num_elements) {
+    for (int rank = 0; rank < size(); ++rank) {
+      memory_[rank] = ops(rank).allocate(num_elements * 2);
+      REQUIRE(memory_[rank] != nullptr);
+    }
+  }
+
+  rows_view view(int rank, int rows, int cols, int stride, std::size_t first = 0) const {
+    return {static_cast<std::uint16_t*>(memory_[rank].get()) + first, rows, cols, stride};
+  }
+
+  void run(const std::function<void(int)>& work) {
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < size(); ++rank) {
+      threads.emplace_back([&, rank] { work(rank); });
+    }
+    for (auto& thread : threads) {
+      thread.join();
+    }
+  }
+
+  bool works() const {
+    for (const auto& one : ops_) {
+      INFO(one->failure());
+      CHECK(one->failure().empty());
+      if (!one->failure().empty()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+private:
+  std::vector<std::int32_t> devices_;
+  std::shared_ptr<gpu_rank_group> group_;
+  std::vector<std::unique_ptr<gpu_ops>> ops_;
+  std::vector<std::shared_ptr<void>> memory_;
+};
+
+/// As many GPUs as there are, and one for all ranks.
+std::vector<std::vector<std::int32_t>> all_groups() {
+  std::vector<std::vector<std::int32_t>> result;
+  for (const int size : {4, 2}) {
+    if (num_devices() >= size) {
+      result.emplace_back(size);
+      std::iota(result.back().begin(), result.back().end(), 0);
+    }
+  }
+  if (num_devices() > 1) {
+    result.push_back({1, 0, 1});
+  }
+  for (const int size : {2, 3, 4, 8}) {
+    result.emplace_back(size, 0);
+  }
+  return result;
+}
+
+bool share_gpus(const std::vector<std::int32_t>& devices) {
+  return std::set(devices.begin(), devices.end()).size() < devices.size();
+}
+
+std::string name_of(const std::vector<std::int32_t>& devices) {
+  std::string result = "GPUs";
+  for (const auto device : devices) {
+    result += " " + std::to_string(device);
+  }
+  return result;
+}
+
+/// A graph on the device.
+cudaGraphExec_t record(gpu_ops& ops, const std::function<void()>& work) {
+  const auto stream = static_cast<cudaStream_t>(ops.stream());
+  ops.synchronise(); // makes its GPU current
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t result = nullptr;
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  work();
+  cudaStreamEndCapture(stream, &graph);
+  cudaGraphInstantiate(&result, graph, 0);
+  cudaGraphDestroy(graph);
+  cudaGraphUpload(result, stream);
+  ops.synchronise();
+  return result;
+}
+
+struct shape {
+  int rows, cols, gap; ///< the rows of rank r are gap * r elements further apart
+  int first = 0;       ///< element of the memory where they begin
+};
+
+} // namespace
+
+TEST_CASE("ranks add up their rows in order of ranks", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  constexpr int kMostRows = 640;
+  std::mt19937 random(51);
+  for (const auto& devices : all_groups()) {
+    INFO(name_of(devices));
+    team ranks(devices, kMostRows, 7168);
+    ranks.reserve(std::size_t{720} * 7168);
+    const int num_ranks = ranks.size();
+    for (const auto& at :
+         {shape{1, 7168, 0}, shape{1, 1, 0}, shape{1, 7, 0, 3}, shape{2, 8, 0}, shape{3, 7168, 8},
+          shape{17, 1001, 3}, shape{16, 1001, 0, 1}, shape{64, 7168, 0}, shape{90, 512, 0, 8},
+          shape{127, 3000, 0}, shape{333, 1537, 5, 1}, shape{600, 1000, 16}, shape{700, 7168, 0},
+          shape{5, 7168, 1}, shape{1, 7168, 0}}) {
+      INFO(at.rows << " rows of " << at.cols << ", " << at.gap << " apart, from " << at.first);
+      const auto parts = random_parts(num_ranks, std::size_t(at.rows) * at.cols, random);
+      const auto expected = sum_in_order(parts);
+      if (num_ranks > 2 && parts.front().size() > 100) {
+        CHECK(num_different(sum_in_order(parts, true), expected) > 0);
+      }
+      std::vector<bits> got(num_ranks, bits(expected.size()));
+      ranks.run([&](int rank) {
+        const auto x = ranks.view(rank, at.rows, at.cols, at.cols + at.gap * rank, at.first);
+        ranks.ops(rank).copy_from_host(parts[rank].data(), x);
+        ranks.ops(rank).all_reduce(x);
+        ranks.ops(rank).copy_to_host(x, got[rank].data());
+      });
+      for (int rank = 0; rank < num_ranks; ++rank) {
+        INFO("rank " << rank);
+        CHECK(num_different(got[rank], expected) == 0);
+      }
+      if (!ranks.works()) {
+        return;
+      }
+    }
+  }
+}
+
+TEST_CASE("every way to add up gives the same bits, in any sequence", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(52);
+  for (const auto& devices : all_groups()) {
+    INFO(name_of(devices));
+    constexpr int kCols = 512, kRows = 300, kRounds = 40;
+    team ranks(devices, kRows, kCols);
+    const int num_ranks = ranks.size();
+    ranks.reserve(std::size_t(kRows) * kCols * kRounds);
+    const auto parts = random_parts(num_ranks, std::size_t(kRows) * kCols, random);
+    const auto expected = sum_in_order(parts);
+    std::vector<int> num_rows;
+    std::vector<exchange_way> ways;
+    for (int round = 0; round < kRounds; ++round) {
+      num_rows.push_back(1 + static_cast<int>(random() % (round % 3 == 0 ? kRows : 8)));
+      ways.push_back(random() % 2 == 0 ? exchange_way::few : exchange_way::many);
+    }
+    std::vector<std::vector<bits>> got(num_ranks);
+    ranks.run([&](int rank) {
+      auto& ops = ranks.ops(rank);
+      const auto view = [&](int round) {
+        return ranks.view(rank, num_rows[round], kCols, kCols, std::size_t(round) * kRows * kCols);
+      };
+      for (int round = 0; round < kRounds; ++round) {
+        // The last rows of the parts: what is computed of a row is not a matter of its place.
+        ops.copy_from_host(&parts[rank][std::size_t(kRows - num_rows[round]) * kCols], view(round));
+      }
+      const auto stream = static_cast<cudaStream_t>(ops.stream());
+      for (int round = 0; round < kRounds; ++round) {
+        ranks.group().add_up(stream, rank, troupe::kernels::cuda::as_bf16(view(round)),
+                             ways[round]);
+      }
+      for (int round = 0; round < kRounds; ++round) {
+        got[rank].emplace_back(std::size_t(num_rows[round]) * kCols);
+        ops.copy_to_host(view(round), got[rank].back().data());
+      }
+    });
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      for (int round = 0; round < kRounds; ++round) {
+        INFO("rank " << rank << ", round " << round << ", " << num_rows[round] << " rows");
+        const bits wanted(expected.end() - std::ptrdiff_t(num_rows[round]) * kCols, expected.end());
+        CHECK(num_different(got[rank][round], wanted) == 0);
+      }
+    }
+    if (!ranks.works()) {
+      return;
+    }
+  }
+}
+
+TEST_CASE("recorded steps add up as often as they are repeated", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(53);
+  for (const auto& devices : all_groups()) {
+    INFO(name_of(devices));
+    // Where ranks share a GPU, making a graph can wait for the kernels of another rank, and graphs
+    // of more than two of them do not always run at the same time.
+    const bool shared = share_gpus(devices);
+    if (shared && devices.size() > 2) {
+      continue;
+    }
+    constexpr int kCols = 1536, kCalls = 50, kSteps = 20, kMostRows = 64;
+    team ranks(devices, kMostRows, kCols);
+    const int num_ranks = ranks.size();
+    ranks.reserve(std::size_t(kMostRows) * kCols * kCalls);
+    const auto rows_of = [](int call) { return call % 10 == 9 ? kMostRows : 1 + call % 4; };
+    const auto parts = random_parts(num_ranks, std::size_t(kMostRows) * kCols * kCalls, random);
+    const auto expected = sum_in_order(parts);
+    std::vector<std::size_t> different(num_ranks, 0);
+    std::vector<cudaGraphExec_t> graphs(num_ranks, nullptr);
+    std::barrier all_recorded(num_ranks);
+    ranks.run([&](int rank) {
+      auto& ops = ranks.ops(rank);
+      bits got(std::size_t(kMostRows) * kCols);
+      for (int step = 0; step < kSteps; ++step) {
+        const auto view = [&](int call) {
+          return ranks.view(rank, rows_of(call), kCols, kCols,
+                            std::size_t(call) * kMostRows * kCols);
+        };
+        const auto part_of = [&](int call) {
+          return std::size_t((call + step) % kCalls) * kMostRows * kCols;
+        };
+        for (int call = 0; call < kCalls; ++call) {
+          ops.copy_from_host(&parts[rank][part_of(call)], view(call));
+        }
+        const auto add_up = [&] {
+          for (int call = 0; call < kCalls; ++call) {
+            ops.all_reduce(view(call));
+          }
+        };
+        if (!shared) {
+          ops.step({7, 1}, {}, {}, add_up);
+        } else {
+          if (step == 0) {
+            graphs[rank] = record(ops, add_up);
+            all_recorded.arrive_and_wait();
+          }
+          cudaGraphLaunch(graphs[rank], static_cast<cudaStream_t>(ops.stream()));
+        }
+        for (int call = 0; call < kCalls; ++call) {
+          got.resize(std::size_t(rows_of(call)) * kCols);
+          ops.copy_to_host(view(call), got.data());
+          const auto from = expected.begin() + static_cast<std::ptrdiff_t>(part_of(call));
+          different[rank] +=
+            num_different(got, {from, from + static_cast<std::ptrdiff_t>(got.size())});
+        }
+      }
+    });
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      INFO("rank " << rank);
+      CHECK(different[rank] == 0);
+      CHECK(ranks.ops(rank).num_repeated_steps() == (shared ? 0 : kSteps - 1));
+      if (shared) {
+        CHECK(cudaGraphExecDestroy(graphs[rank]) == cudaSuccess);
+      }
+    }
+    if (!ranks.works()) {
+      return;
+    }
+  }
+}
+
+TEST_CASE("a rank that does not come is a failure of all, in time", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  for (const auto& devices : all_groups()) {
+    for (const int rows : {1, 2000}) {
+      INFO(name_of(devices) << ", " << rows << " rows");
+      constexpr int kCols = 512;
+      const auto begin = steady_clock::now();
+      {
+        team ranks(devices, rows, kCols, milliseconds(200));
+        const int missing = ranks.size() - 1;
+        ranks.reserve(std::size_t(rows) * kCols);
+        ranks.run([&](int rank) {
+          auto& ops = ranks.ops(rank);
+          const auto x = ranks.view(rank, rows, kCols, kCols);
+          ops.all_reduce(x); // all of them are there
+          ops.synchronise();
+        });
+        CHECK(ranks.works());
+        ranks.run([&](int rank) {
+          if (rank == missing) {
+            return;
+          }
+          auto& ops = ranks.ops(rank);
+          const auto x = ranks.view(rank, rows, kCols, kCols);
+          for (int call = 0; call < 100; ++call) { // only the first waits
+            ops.all_reduce(x);
+          }
+          ops.synchronise();
+        });
+        const auto awaited = "for rank " + std::to_string(missing);
+        for (int rank = 0; rank < missing; ++rank) {
+          INFO(ranks.ops(rank).failure());
+          CHECK(ranks.ops(rank).failure().find(awaited) != std::string::npos);
+          CHECK(!ranks.ops(rank).all_finite(ranks.view(rank, 1, kCols, kCols)));
+        }
+        // Who comes too late hears of it.
+        auto& late = ranks.ops(missing);
+        late.all_reduce(ranks.view(missing, rows, kCols, kCols));
+        late.synchronise();
+        INFO(late.failure());
+        CHECK(late.failure().find(awaited + " (this one)") != std::string::npos);
+      }
+      CHECK(steady_clock::now() - begin < std::chrono::seconds(4));
+    }
+  }
+}
+
+/// Not among the others, since a process that it has run in cannot use the GPU any more.
+TEST_CASE("a GPU that breaks down is a failure of all, in time", "[.][breaking]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  if (num_devices() < 2) {
+    return;
+  }
+  constexpr int kCols = 7168;
+  const auto begin = steady_clock::now();
+  {
+    team ranks({0, 1}, 1, kCols, milliseconds(500));
+    ranks.reserve(kCols);
+    ranks.run([&](int rank) {
+      auto& ops = ranks.ops(rank);
+      const auto x = ranks.view(rank, 1, kCols, kCols);
+      for (int call = 0; call < 100; ++call) {
+        if (rank == 1 && call == 50) {
+          ops.break_down();
+        }
+        ops.all_reduce(x);
+      }
+      ops.synchronise();
+    });
+    for (int rank = 0; rank < 2; ++rank) {
+      WARN(ranks.ops(rank).failure());
+      CHECK(!ranks.ops(rank).failure().empty());
+    }
+  }
+  CHECK(steady_clock::now() - begin < std::chrono::seconds(3));
+}
+
+TEST_CASE("memory comes and goes while a rank waits for another GPU", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  if (num_devices() < 2) {
+    return;
+  }
+  constexpr int kCols = 7168;
+  team ranks({0, 1}, 1, kCols, milliseconds(1500));
+  ranks.reserve(kCols);
+  ranks.ops(0).all_reduce(ranks.view(0, 1, kCols, kCols));
+  const auto begin = steady_clock::now();
+  const auto lap = [&](const char* what, const std::function<void()>& work) {
+    const auto from = steady_clock::now();
+    work();
+    const std::chrono::duration<double, std::milli> took = steady_clock::now() - from;
+    if (took > milliseconds(100)) {
+      WARN(what << " took " << took.count() << " ms");
+    }
+  };
+  CHECK(cudaSetDevice(1) == cudaSuccess);
+  void* memory = nullptr;
+  lap("cudaMalloc", [&] { CHECK(cudaMalloc(&memory, std::size_t{1} << 30) == cudaSuccess); });
+  lap("cudaFree", [&] { CHECK(cudaFree(memory) == cudaSuccess); });
+  lap("cudaMallocHost", [&] { CHECK(cudaMallocHost(&memory, 64 << 20) == cudaSuccess); });
+  lap("cudaFreeHost", [&] { CHECK(cudaFreeHost(memory) == cudaSuccess); });
+  cudaGraphExec_t graph = nullptr;
+  lap("a graph", [&] {
+    graph = record(ranks.ops(1), [&] { ranks.ops(1).all_reduce(ranks.view(1, 1, kCols, kCols)); });
+  });
+  CHECK(steady_clock::now() - begin < milliseconds(1000));
+  CHECK(cudaGraphLaunch(graph, static_cast<cudaStream_t>(ranks.ops(1).stream())) == cudaSuccess);
+  ranks.run([&](int rank) { ranks.ops(rank).synchronise(); });
+  CHECK(ranks.works());
+  CHECK(cudaGraphExecDestroy(graph) == cudaSuccess);
+}
+
+TEST_CASE("groups that cannot be are refused", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  const auto refusal = [](const std::vector<std::int32_t>& devices, int rows, int cols) {
+    std::string error;
+    CHECK(make_gpu_rank_group(devices, rows, cols, error) == nullptr);
+    return error;
+  };
+  CHECK(!refusal({}, 1, 8).empty());
+  CHECK(!refusal(std::vector<std::int32_t>(9, 0), 1, 8).empty());
+  CHECK(!refusal({0, 0}, 0, 8).empty());
+  CHECK(!refusal({0, 99}, 1, 8).empty());
+
+  std::string error;
+  const std::vector<std::int32_t> devices{0, 0};
+  const auto group = make_gpu_rank_group(devices, 1, 8, error);
+  REQUIRE(group != nullptr);
+  for (const int rank : {-1, 2}) {
+    error.clear();
+    CHECK(make_cuda_ops(0, error, nullptr, nullptr, group, rank) == nullptr);
+    CHECK(!error.empty());
+  }
+  // Rows that no part of the memory holds.
+  const auto ops = make_cuda_ops(0, error, nullptr, nullptr, group, 0);
+  REQUIRE(ops != nullptr);
+  const auto memory = ops->allocate(std::size_t{1000} * 2);
+  ops->all_reduce({memory.get(), 1, 1000, 1000});
+  CHECK(ops->failure().find("too wide") != std::string::npos);
+}
+
+TEST_CASE("a group of one adds nothing", "[ranks]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(54);
+  team ranks({0}, 4, 100);
+  ranks.reserve(400);
+  const auto parts = random_parts(1, 400, random);
+  const auto x = ranks.view(0, 4, 100, 100);
+  ranks.ops(0).copy_from_host(parts[0].data(), x);
+  ranks.ops(0).all_reduce(x);
+  bits got(400);
+  ranks.ops(0).copy_to_host(x, got.data());
+  CHECK(got == parts[0]);
+  CHECK(ranks.works());
+}
+
+} // namespace kernel_tests
