@@ -47,8 +47,9 @@ public:
   virtual void read_back(std::size_t offset, std::int32_t num_rows, std::int32_t num_cols,
                          void* to) = 0;
 
-  /// Copies rows from another stage's outbox. Errors: stale_epoch when they are gone; any other
-  /// when this process cannot map the block at all.
+  /// Copies rows from another stage's outbox. Errors: stale_epoch when they are gone; internal when
+  /// they have come and are not all finite; any other when this process cannot get at the block at
+  /// all.
   virtual expected<void> fetch(const proto::DevicePlace& from, const kernels::rows_view& to) = 0;
 };
 

@@ -69,8 +69,9 @@ public:
                  * kernels::size_of(ops_.activation_type());
     if (from.offset() % boundary_outbox::alignment != 0 || from.offset() > from.block_bytes()
         || from.block_bytes() - from.offset() < bytes)
-      return fail(error_code::internal, fmt::format("{} rows do not lie within {} of {} bytes",
-                                                    to.num_rows, from.block(), from.block_bytes()));
+      return fail(error_code::invalid_request,
+                  fmt::format("{} rows do not lie within {} of {} bytes", to.num_rows, from.block(),
+                              from.block_bytes()));
     if (!source_ || source_->keeper != from.keeper() || source_->block != from.block()) {
       source_.reset();
       auto mapped = map_block(device_, from, patience);
@@ -79,9 +80,13 @@ public:
       spdlog::info("takes rows from {} of {}", from.block(), from.keeper());
       source_ = std::move(*mapped);
     }
-    if (!ops_.fetch_rows(source_->memory.get(), from.offset(), from.ticket(), to))
+    switch (ops_.fetch_rows(source_->memory.get(), from.offset(), from.ticket(), to)) {
+    case kernels::cuda::fetched_rows::gone:
       return fail(error_code::stale_epoch, "the rows have made room for others");
-    return {};
+    case kernels::cuda::fetched_rows::not_finite:
+      return fail(error_code::internal, "hidden rows that came hold values that are not finite");
+    default: return {};
+    }
   }
 
 private:

@@ -314,7 +314,11 @@ expected<void> stage_compute::fetch(const proto::FrameHeader& from, const kernel
   auto fetched = traits_.boundary
                    ? traits_.boundary->fetch(from.place(), to)
                    : fail(error_code::unavailable, "this stage takes rows from the host alone");
-  input_is_lost_ = !fetched;
+  // Damaged rows are there: the step has failed, if that matters.
+  bool are_there = fetched || fetched.error().code == error_code::internal;
+  input_is_lost_ = !are_there;
+  if (are_there && traits_.unprotected)
+    return {};
   return fetched;
 }
 

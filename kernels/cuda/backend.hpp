@@ -103,8 +103,8 @@ public:
   std::uint64_t num_repeated_steps() const override { return steps_.num_repeated(); }
   void leave_rows(const rows_view& from, std::uint64_t oldest, void* block,
                   std::size_t offset) override;
-  bool fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
-                  const rows_view& to) override;
+  fetched_rows fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
+                          const rows_view& to) override;
 
 private:
   struct readable_rows {

@@ -29,6 +29,10 @@ struct device_memory {
 /// Of a GPU as it is now, whoever uses it.
 device_memory memory_of(std::int32_t device);
 
+/// How rows are that were fetched from a block. `gone`: the block did not hold the rows of this
+/// ticket until the copy was done, or the GPU failed; what arrived may be anything.
+enum class fetched_rows : std::uint8_t { whole, gone, not_finite };
+
 /// Operations on one GPU: bfloat16 activations and pages, float32 accumulation. Work is queued on
 /// one stream of the object; what an operation writes to host memory is there when it returns,
 /// everything else is only queued. An object is used by one thread at a time.
@@ -68,10 +72,10 @@ public:
   virtual void leave_rows(const rows_view& from, std::uint64_t oldest, void* block,
                           std::size_t offset) = 0;
 
-  /// Copies such rows from a block of this GPU or of another that it can read. False: the block did
-  /// not hold the rows of this ticket until the copy was done, and `to` may hold anything.
-  virtual bool fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
-                          const rows_view& to) = 0;
+  /// Copies such rows from a block of this GPU or of another that it can read, and says how they
+  /// are: `all_finite` is included.
+  virtual fetched_rows fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
+                                  const rows_view& to) = 0;
 };
 
 /// What the ranks of a tensor-parallel group on GPUs share: memory of each GPU that all of them

@@ -9,28 +9,30 @@ void cuda_ops::leave_rows(const rows_view& from, std::uint64_t oldest, void* blo
   if (!begin_waiting(from.num_rows)) {
     return;
   }
-  launch_write_oldest(stream_, oldest, block);
-  launch_leave_rows(stream_, as_bf16(from), block, offset);
+  launch_leave_rows(stream_, as_bf16(from), oldest, block, offset);
   launched("leave_rows");
   synchronise();
 }
 
-bool cuda_ops::fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
-                          const rows_view& to) {
+fetched_rows cuda_ops::fetch_rows(const void* block, std::size_t offset, std::uint64_t ticket,
+                                  const rows_view& to) {
   if (!begin_waiting(to.num_rows)) {
-    return gpu_.ok();
+    return gpu_.ok() ? fetched_rows::whole : fetched_rows::gone;
   }
   // Pinned memory, to which the kernel writes itself: a copy of its own would take as long as that
   // of the rows.
-  auto* gone = static_cast<std::int32_t*>(download_.take(sizeof(std::int32_t)));
+  auto* notes = static_cast<fetch_notes*>(download_.take(sizeof(fetch_notes)));
   if (!gpu_.ok()) {
-    return false;
+    return fetched_rows::gone;
   }
-  *gone = 0;
-  launch_fetch_rows(stream_, block, offset, ticket, as_bf16(to), gone);
+  *notes = {};
+  launch_fetch_rows(stream_, block, offset, ticket, as_bf16(to), notes);
   launched("fetch_rows");
   synchronise();
-  return gpu_.ok() && *gone == 0;
+  if (!gpu_.ok() || notes->are_gone != 0) {
+    return fetched_rows::gone;
+  }
+  return notes->not_finite != 0 ? fetched_rows::not_finite : fetched_rows::whole;
 }
 
 } // namespace troupe::kernels::cuda

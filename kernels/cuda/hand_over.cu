@@ -11,69 +11,131 @@ constexpr unsigned kThreads = 256;
 /// Enough to have the latency of another GPU's memory hidden by the number of reads under way.
 constexpr std::uint32_t kMostBlocks = 512;
 
-/// What the taker looks at when it has read.
-struct watch {
-  const volatile std::uint64_t* oldest = nullptr; ///< null: it is the owner who copies
-  std::uint64_t ticket = 0;
-  volatile std::int32_t* gone = nullptr;
+/// Up to so many units, rows are left by a single block, in one launch together with the number.
+constexpr std::uint32_t kFewUnits = 4096;
+constexpr unsigned kThreadsForFew = 1024;
+
+/// Rows in units of T.
+template <class T>
+struct copying {
+  const T* from;
+  std::int64_t from_stride;
+  T* to;
+  std::int64_t to_stride;
+  std::uint32_t width;
+  std::uint32_t count;
 };
 
-__global__ void write_oldest(std::uint64_t oldest, volatile std::uint64_t* at) {
-  *at = oldest;
+__device__ bool has_other_values(unsigned short bits) {
+  return (bits & 0x7F80U) == 0x7F80U;
+}
+
+__device__ bool has_other_values(const uint4& bits) {
+  bool found = false;
+  for (const unsigned pair : {bits.x, bits.y, bits.z, bits.w}) {
+    found |= (pair & 0x7F80U) == 0x7F80U || (pair & 0x7F800000U) == 0x7F800000U;
+  }
+  return found;
+}
+
+/// Copies this thread's share and says whether a value of it is not finite. Reads are volatile: the
+/// memory may be another GPU's, and the rows must not come from a cache here.
+template <class T>
+__device__ bool copy_share(const copying<T>& rows) {
+  bool found = false;
+  for (auto i = blockIdx.x * blockDim.x + threadIdx.x; i < rows.count;
+       i += gridDim.x * blockDim.x) {
+    const std::int64_t row = i / rows.width;
+    const std::int64_t col = i % rows.width;
+    const T value = __ldcv(rows.from + row * rows.from_stride + col);
+    rows.to[row * rows.to_stride + col] = value;
+    found |= has_other_values(value);
+  }
+  return found;
+}
+
+__device__ void write_everywhere(std::uint64_t value, volatile std::uint64_t* at) {
+  *at = value;
   __threadfence_system();
 }
 
-/// Rows in units of T. Reads are volatile: the memory may be another GPU's, and the rows must not
-/// come from a cache here.
+__global__ void write_oldest(std::uint64_t oldest, std::uint64_t* at) {
+  write_everywhere(oldest, at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) leave_rows(copying<T> rows) {
+  copy_share(rows);
+}
+
+/// One block.
+template <class T>
+__global__ void __launch_bounds__(kThreadsForFew)
+  leave_few_rows(copying<T> rows, std::uint64_t oldest, std::uint64_t* at) {
+  if (threadIdx.x == 0) {
+    write_everywhere(oldest, at);
+  }
+  __syncthreads();
+  copy_share(rows);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-  copy_rows(const T* from, std::int64_t from_stride, T* to, std::int64_t to_stride,
-            std::uint32_t width, std::uint32_t count, watch watched) {
-  for (auto i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
-    const std::int64_t row = i / width;
-    const std::int64_t col = i % width;
-    to[row * to_stride + col] = __ldcv(from + row * from_stride + col);
-  }
-  if (watched.oldest == nullptr) {
-    return;
-  }
+  fetch_rows(copying<T> rows, const std::uint64_t* oldest_at, std::uint64_t ticket,
+             fetch_notes* notes) {
   // What the block has read it has also stored, so it was read before the barrier.
-  __syncthreads();
+  const bool not_finite = __syncthreads_or(copy_share(rows) ? 1 : 0) != 0;
   if (threadIdx.x == 0) {
     __threadfence_system();
-    const std::uint64_t oldest = *watched.oldest;
-    if (oldest == 0 || oldest > watched.ticket) {
-      *watched.gone = 1;
-      __threadfence_system();
+    const std::uint64_t oldest = *static_cast<const volatile std::uint64_t*>(oldest_at);
+    if (oldest == 0 || oldest > ticket) {
+      *static_cast<volatile std::int32_t*>(&notes->are_gone) = 1;
     }
+    if (not_finite) {
+      *static_cast<volatile std::int32_t*>(&notes->not_finite) = 1;
+    }
+    __threadfence_system();
   }
 }
 
 template <class T>
-void launch_copy_rows(cudaStream_t stream, const rows_of_bf16& from, const rows_of_bf16& to,
-                      const watch& watched) {
+copying<T> in_units(const rows_of_bf16& from, const rows_of_bf16& to) {
   constexpr std::int64_t kUnit = sizeof(T) / sizeof(bf16);
   const auto width = static_cast<std::uint32_t>(to.num_cols / kUnit);
-  const auto count = static_cast<std::uint32_t>(to.num_rows) * width;
-  const auto blocks = std::clamp<std::uint32_t>((count + kThreads - 1) / kThreads, 1, kMostBlocks);
-  copy_rows<T><<<blocks, kThreads, 0, stream>>>(reinterpret_cast<const T*>(from.data),
-                                                from.stride / kUnit, reinterpret_cast<T*>(to.data),
-                                                to.stride / kUnit, width, count, watched);
+  return {reinterpret_cast<const T*>(from.data),
+          from.stride / kUnit,
+          reinterpret_cast<T*>(to.data),
+          to.stride / kUnit,
+          width,
+          static_cast<std::uint32_t>(to.num_rows) * width};
 }
 
+std::uint32_t num_blocks(std::uint32_t count) {
+  return std::clamp<std::uint32_t>((count + kThreads - 1) / kThreads, 1, kMostBlocks);
+}
+
+template <class T>
+void launch_leave(cudaStream_t stream, const copying<T>& rows, std::uint64_t oldest,
+                  std::uint64_t* at) {
+  if (rows.count <= kFewUnits) {
+    leave_few_rows<T><<<1, kThreadsForFew, 0, stream>>>(rows, oldest, at);
+    return;
+  }
+  write_oldest<<<1, 1, 0, stream>>>(oldest, at);
+  leave_rows<T><<<num_blocks(rows.count), kThreads, 0, stream>>>(rows);
+}
+
+template <class T>
+void launch_fetch(cudaStream_t stream, const copying<T>& rows, const std::uint64_t* oldest_at,
+                  std::uint64_t ticket, fetch_notes* notes) {
+  fetch_rows<T><<<num_blocks(rows.count), kThreads, 0, stream>>>(rows, oldest_at, ticket, notes);
+}
+
+/// Whether rows consist of whole units of 16 bytes.
 bool is_even(const rows_of_bf16& x) {
   constexpr std::int64_t kUnit = sizeof(uint4) / sizeof(bf16);
   return x.num_cols % kUnit == 0 && x.stride % kUnit == 0
          && reinterpret_cast<std::uintptr_t>(x.data) % sizeof(uint4) == 0;
-}
-
-void copy(cudaStream_t stream, const rows_of_bf16& from, const rows_of_bf16& to,
-          const watch& watched) {
-  if (is_even(from) && is_even(to)) {
-    launch_copy_rows<uint4>(stream, from, to, watched);
-  } else {
-    launch_copy_rows<unsigned short>(stream, from, to, watched);
-  }
 }
 
 /// Rows in a block, as many as `like`.
@@ -84,19 +146,26 @@ rows_of_bf16 rows_in(const void* block, std::size_t offset, const rows_of_bf16& 
 
 } // namespace
 
-void launch_write_oldest(cudaStream_t stream, std::uint64_t oldest, void* block) {
-  write_oldest<<<1, 1, 0, stream>>>(oldest, static_cast<std::uint64_t*>(block));
-}
-
-void launch_leave_rows(cudaStream_t stream, const rows_of_bf16& from, void* block,
-                       std::size_t offset) {
-  copy(stream, from, rows_in(block, offset, from), {});
+void launch_leave_rows(cudaStream_t stream, const rows_of_bf16& from, std::uint64_t oldest,
+                       void* block, std::size_t offset) {
+  const auto to = rows_in(block, offset, from);
+  auto* at = static_cast<std::uint64_t*>(block);
+  if (is_even(from) && is_even(to)) {
+    launch_leave(stream, in_units<uint4>(from, to), oldest, at);
+  } else {
+    launch_leave(stream, in_units<unsigned short>(from, to), oldest, at);
+  }
 }
 
 void launch_fetch_rows(cudaStream_t stream, const void* block, std::size_t offset,
-                       std::uint64_t ticket, const rows_of_bf16& to, std::int32_t* gone) {
-  copy(stream, rows_in(block, offset, to), to,
-       {static_cast<const std::uint64_t*>(block), ticket, gone});
+                       std::uint64_t ticket, const rows_of_bf16& to, fetch_notes* notes) {
+  const auto from = rows_in(block, offset, to);
+  const auto* at = static_cast<const std::uint64_t*>(block);
+  if (is_even(from) && is_even(to)) {
+    launch_fetch(stream, in_units<uint4>(from, to), at, ticket, notes);
+  } else {
+    launch_fetch(stream, in_units<unsigned short>(from, to), at, ticket, notes);
+  }
 }
 
 } // namespace troupe::kernels::cuda

@@ -18,15 +18,18 @@
 /// reading and writing", CACM 1977).
 namespace troupe::kernels::cuda {
 
-/// The number at the begin of `block`.
-void launch_write_oldest(cudaStream_t stream, std::uint64_t oldest, void* block);
+/// Raises the number of `block` and copies rows to `offset` of it, dense.
+void launch_leave_rows(cudaStream_t stream, const rows_of_bf16& from, std::uint64_t oldest,
+                       void* block, std::size_t offset);
 
-/// Rows to `offset` of the block, dense.
-void launch_leave_rows(cudaStream_t stream, const rows_of_bf16& from, void* block,
-                       std::size_t offset);
+/// What fetching found out, in memory of any kind; both 0 before.
+struct fetch_notes {
+  std::int32_t are_gone;   ///< 1: they may have been others
+  std::int32_t not_finite; ///< 1: not all values are
+};
 
-/// The same back; *gone = 1, in memory of any kind, where they may have been others.
+/// The same back.
 void launch_fetch_rows(cudaStream_t stream, const void* block, std::size_t offset,
-                       std::uint64_t ticket, const rows_of_bf16& to, std::int32_t* gone);
+                       std::uint64_t ticket, const rows_of_bf16& to, fetch_notes* notes);
 
 } // namespace troupe::kernels::cuda

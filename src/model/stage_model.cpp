@@ -226,11 +226,11 @@ expected<rows_view> stage_model::forward(const stage_input& input) {
     return tl::unexpected(std::move(ok.error()));
   const auto num_rows = static_cast<std::int32_t>(input.batch.positions.size());
   const auto hidden = hidden_.view(num_rows);
-  if (!is_first()) {
-    if (input.fetch == nullptr)
-      ops_.copy_from_host(input.hidden, hidden);
-    else if (auto fetched = (*input.fetch)(hidden); !fetched)
+  if (input.fetch != nullptr) {
+    if (auto fetched = (*input.fetch)(hidden); !fetched)
       return tl::unexpected(std::move(fetched.error()));
+  } else if (!is_first()) {
+    ops_.copy_from_host(input.hidden, hidden);
     if (options_.checks_finite && !ops_.all_finite(hidden))
       return fail(error_code::internal,
                   fmt::format("hidden rows that came for layer {} hold values that are not finite",

@@ -23,6 +23,7 @@ struct fake_blocks {
     std::vector<std::byte> bytes;
   };
   std::map<std::string, block> at;
+  bool are_damaged = false; ///< from now on
   int num_fetched = 0;
   int num_gone = 0;
 };
@@ -62,6 +63,8 @@ public:
       ++blocks_->num_gone;
       return fail(error_code::stale_epoch, "the rows are gone");
     }
+    if (blocks_->are_damaged)
+      return fail(error_code::internal, "a NaN came");
     REQUIRE(from.offset() + size <= block.bytes.size());
     std::memcpy(to.data, block.bytes.data() + from.offset(), size);
     ++blocks_->num_fetched;

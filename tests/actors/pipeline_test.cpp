@@ -670,7 +670,8 @@ TEST_CASE("an outbox without room leaves rows to the host") {
   CHECK(p.num_payloads() == 8);
 }
 
-TEST_CASE("rows that a stage has left are there for its successor's successor, on any host") {
+TEST_CASE("rows that a stage has left are there for the next process of the stage behind it, "
+          "wherever it is") {
   for (bool moves : {false, true}) {
     CAPTURE(moves);
     pipeline p(2, 64, "cuda:0");

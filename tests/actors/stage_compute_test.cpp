@@ -272,6 +272,11 @@ TEST_CASE(
   last.cannot_map = true;
   CHECK(last.compute(0, prompt, frame).input_is_lost);
   last.cannot_map = false;
+  blocks->are_damaged = true;
+  auto damaged = last.compute(0, prompt, frame);
+  REQUIRE(damaged.failure);
+  CHECK_FALSE(damaged.input_is_lost); // it failed, and is tried again as such
+  blocks->are_damaged = false;
 
   auto copy = first.work({first.batch_of(0, prompt), nullptr, false, stayed.left});
   CHECK(copy.is_copy);

@@ -55,8 +55,9 @@ bool measure(gpu_ops& sender, gpu_ops& receiver, void* outbox, const void* seen,
   const int rounds = rows > 256 ? 20 : 200;
   const double leave =
     time_calls(sender, rounds, [&] { sender.leave_rows(from_rows, 1, outbox, kOffset); });
-  const double fetch = time_calls(
-    receiver, rounds, [&] { is_whole &= receiver.fetch_rows(seen, kOffset, 1, to_rows); });
+  const double fetch = time_calls(receiver, rounds, [&] {
+    is_whole &= receiver.fetch_rows(seen, kOffset, 1, to_rows) == cuda::fetched_rows::whole;
+  });
   sender.copy_to_host(from_rows, host.data());
   receiver.copy_to_host(to_rows, arrived.data());
   is_whole &= host == arrived;

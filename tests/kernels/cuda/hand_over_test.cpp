@@ -2,10 +2,12 @@
 
 #include <atomic>
 #include <cstddef>
+#include <limits>
 #include <thread>
 
 namespace kernel_tests {
 
+using troupe::kernels::cuda::fetched_rows;
 using troupe::kernels::cuda::make_cuda_ops;
 
 namespace {
@@ -52,16 +54,18 @@ TEST_CASE("rows that were left are fetched as they were, until they are said to 
     const gpu_rows to(s.rows, s.cols, s.stride + 8);
     const gpu_rows dense(s.rows, s.cols);
     gpu()->synchronise();
-    CHECK_FALSE(taker->fetch_rows(block.get(), kOffset, kTicket, dense.view())); // a new block
+    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket, dense.view())
+          == fetched_rows::gone); // a new block
     gpu()->leave_rows(from.view(), kTicket, block.get(), kOffset);
     gpu()->leave_rows(from_others.view(), kTicket, block.get(), kOffset + room);
-    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket, to.view()));
+    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket, to.view()) == fetched_rows::whole);
     CHECK(to.read().data == rows.data);
-    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket, dense.view()));
+    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket, dense.view()) == fetched_rows::whole);
     CHECK(dense.read().data == rows.data);
-    CHECK(taker->fetch_rows(block.get(), kOffset + room, kTicket + 1, to.view()));
+    CHECK(taker->fetch_rows(block.get(), kOffset + room, kTicket + 1, to.view())
+          == fetched_rows::whole);
     CHECK(to.read().data == others.data);
-    CHECK_FALSE(taker->fetch_rows(block.get(), kOffset, kTicket - 1, dense.view()));
+    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket - 1, dense.view()) == fetched_rows::gone);
     // A way to the host needs nothing else.
     std::vector<std::uint16_t> copied(rows.data.size());
     gpu()->copy_to_host({static_cast<std::byte*>(block.get()) + kOffset, s.rows, s.cols, s.cols},
@@ -70,12 +74,43 @@ TEST_CASE("rows that were left are fetched as they were, until they are said to 
       REQUIRE(bf16_value(copied[i]) == rows.data[i]);
     }
     gpu()->leave_rows(from_others.view(), kTicket + 1, block.get(), kOffset);
-    CHECK_FALSE(taker->fetch_rows(block.get(), kOffset, kTicket, dense.view()));
-    CHECK(taker->fetch_rows(block.get(), kOffset + room, kTicket + 1, dense.view()));
-    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket + 2, dense.view()));
+    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket, dense.view()) == fetched_rows::gone);
+    CHECK(taker->fetch_rows(block.get(), kOffset + room, kTicket + 1, dense.view())
+          == fetched_rows::whole);
+    CHECK(taker->fetch_rows(block.get(), kOffset, kTicket + 2, dense.view())
+          == fetched_rows::whole);
     CHECK(dense.read().data == others.data);
   }
   CHECK(taker->failure().empty());
+}
+
+TEST_CASE("a value that is not finite is found on its way, wherever it is") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(5);
+  for (const shape& s : {shape{1, 8, 8}, shape{3, 7, 9}, shape{300, 1024, 1024}}) {
+    const auto block = new_block(std::size_t(s.rows) * s.cols);
+    const gpu_rows to(s.rows, s.cols);
+    const auto good = random_rows(s.rows, s.cols, random);
+    for (const float value :
+         {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+          std::numeric_limits<float>::quiet_NaN()}) {
+      for (int i = 0; i < 12; ++i) {
+        auto bad = good;
+        bad.data[i < 8 ? i * (bad.data.size() - 1) / 7 : random() % bad.data.size()] = value;
+        const gpu_rows from(bad, s.stride);
+        gpu()->leave_rows(from.view(), 1, block.get(), kOffset);
+        CHECK(gpu()->fetch_rows(block.get(), kOffset, 1, to.view()) == fetched_rows::not_finite);
+        CHECK(gpu()->fetch_rows(block.get(), kOffset, 0, to.view()) == fetched_rows::gone);
+      }
+    }
+    auto large = good;
+    large.data.back() = -3.38e38F; // the largest that bf16 has
+    const gpu_rows from(rounded(large), s.stride);
+    gpu()->leave_rows(from.view(), 1, block.get(), kOffset);
+    CHECK(gpu()->fetch_rows(block.get(), kOffset, 1, to.view()) == fetched_rows::whole);
+  }
 }
 
 TEST_CASE("rows that make room for others while they are read are never taken for what they were") {
@@ -111,7 +146,7 @@ TEST_CASE("rows that make room for others while they are read are never taken fo
   std::vector<std::uint16_t> bits(std::size_t{kRows} * kCols);
   for (int i = 0; i < 3000; ++i) {
     const std::uint64_t ticket = newest;
-    if (!taker->fetch_rows(block.get(), kOffset, ticket, to.view())) {
+    if (taker->fetch_rows(block.get(), kOffset, ticket, to.view()) == fetched_rows::gone) {
       ++num_gone;
       continue;
     }
