@@ -284,6 +284,11 @@ struct child_processes::state {
         continue;
       child_exit e;
       auto status = ending_status(c.pid);
+      // Before Linux 5.17 it is that of the first thread, which may be a moment behind.
+      for (int i = 0; i < 10 && !status; ++i) {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        status = ending_status(c.pid);
+      }
       ::syscall(SYS_pidfd_send_signal, c.pidfd.get(), SIGKILL, nullptr, 0);
       e.name = c.name;
       e.pid = c.pid;

@@ -32,8 +32,8 @@ struct child_spec {
 char task_state(pid_t process, pid_t thread);
 
 /// How a process ends that is on its way out, as waitpid will say: its end may take a while.
-/// Nothing where the kernel does not tell (before Linux 5.17), or says 0, as it does of those that
-/// live.
+/// Nothing where the kernel does not tell, or where it says 0, as it does of those
+/// that live.
 std::optional<int> ending_status(pid_t process);
 
 /// How a child ended.
