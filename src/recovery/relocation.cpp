@@ -16,6 +16,14 @@ std::uint64_t bytes_of(const proto::ActorPlan& actor) {
   return actor.kv_bytes() + actor.weight_bytes();
 }
 
+/// What an actor takes of a host's memory where this worker runs it. On a GPU that is little; and
+/// whether the GPU has room for it, its worker finds out before it loads.
+std::int64_t host_bytes(const proto::WorkerView& worker, const proto::ActorPlan& actor) {
+  if (worker.plan().device().starts_with("cuda:"))
+    return 0;
+  return static_cast<std::int64_t>(bytes_of(actor));
+}
+
 /// What runs where while places are given out.
 class floor_plan {
 public:
@@ -39,7 +47,7 @@ public:
       for (const auto& actor : worker.plan().actors()) {
         p.actors.push_back(&actor);
         if (n.free_bytes)
-          *n.free_bytes -= static_cast<std::int64_t>(bytes_of(actor));
+          *n.free_bytes -= host_bytes(worker, actor);
       }
       places_.push_back(std::move(p));
     }
@@ -50,7 +58,8 @@ public:
     place* best = nullptr;
     for (auto& p : places_) {
       auto& n = nodes_[p.worker->plan().node()];
-      bool fits = !n.free_bytes || *n.free_bytes >= static_cast<std::int64_t>(bytes_of(actor));
+      auto needed = host_bytes(*p.worker, actor);
+      bool fits = needed == 0 || !n.free_bytes || *n.free_bytes >= needed;
       if (!fits || has_copy_of(p, actor) || (!may_pack && !p.actors.empty()))
         continue;
       if (best == nullptr || p.actors.size() < best->actors.size())
@@ -60,7 +69,7 @@ public:
       return {};
     best->actors.push_back(&actor);
     if (auto& n = nodes_[best->worker->plan().node()]; n.free_bytes)
-      *n.free_bytes -= static_cast<std::int64_t>(bytes_of(actor));
+      *n.free_bytes -= host_bytes(*best->worker, actor);
     return best->worker->plan().name();
   }
 

@@ -94,6 +94,14 @@ TEST_CASE("what does not fit into memory does not move, and then nothing does") 
   CHECK(found.problem == "s1 of a/worker-1 fits on no device that is left");
 }
 
+TEST_CASE("what moves to a GPU needs no memory of its host") {
+  auto b = builder().node("a").worker({"s0"}).node("b", 110).worker({"s1"}).worker({});
+  CHECK(relocate(b.view, {"a/worker-0"}).moves.empty());
+  for (auto& worker : *b.view.mutable_workers())
+    worker.mutable_plan()->set_device("cuda:0");
+  CHECK(text(relocate(b.view, {"a/worker-0"})) == "s0:a/worker-0>b/worker-2 ");
+}
+
 TEST_CASE("whatever is lost, each actor ends up on exactly one usable worker or is named") {
   std::mt19937 random(3);
   auto pick = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
