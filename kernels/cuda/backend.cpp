@@ -249,7 +249,8 @@ void cuda_ops::latent_attention(const rows_view& q_latent, const rows_view& q_ro
     launch_latent_attention(
       stream_, as_bf16(q_latent), as_bf16(q_rope), q_rope_head_stride, num_heads, scale,
       upload_batch(batch),
-      {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim}, as_bf16(out));
+      {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim}, as_bf16(out),
+      gpu_.is_hopper());
     launched("latent_attention");
   }
 }

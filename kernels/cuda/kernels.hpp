@@ -156,7 +156,7 @@ void launch_linear_i4(cudaStream_t stream, const linear_args& args,
 void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
                              const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
-                             const device_pages& pages, const rows_of_bf16& out);
+                             const device_pages& pages, const rows_of_bf16& out, bool is_hopper);
 void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,
                               std::int32_t num_kv_heads, float scale, const device_batch& batch,
                               const device_pages& pages, const rows_of_bf16& out);
