@@ -396,13 +396,16 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
   auto* allowed = banned_.empty()
                     ? nullptr
                     : allowed_.take<float>(static_cast<std::size_t>(num_rows) * logits.num_cols);
-  auto* drawn = results_.take<sampled_token>(num_rows);
+  const auto num_surveys = static_cast<std::size_t>(num_rows) * kSurveys;
+  auto* surveys = reinterpret_cast<logit_survey*>(
+    results_.take<std::byte>(num_surveys * sizeof(logit_survey) + bytes));
+  auto* drawn = reinterpret_cast<sampled_token*>(surveys + num_surveys);
   auto* host = download_.take(bytes);
   if (!gpu_.ok()) {
     return;
   }
   launch_sample(stream_, static_cast<const float*>(logits.data), logits.stride, num_rows,
-                logits.num_cols, device_params, banned, allowed, drawn);
+                logits.num_cols, device_params, banned, surveys, allowed, drawn);
   launched("sample");
   gpu_.check(cudaMemcpyAsync(host, drawn, bytes, cudaMemcpyDeviceToHost, stream_),
              "copy of the tokens");

@@ -73,8 +73,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
                           device_batch batch, device_pages pages, rows_of_bf16 out) {
 #if defined(TROUPE_HOPPER)
   extern __shared__ unsigned char raw_memory[];
-  auto& memory = *reinterpret_cast<attention_memory*>(
-    (reinterpret_cast<std::uintptr_t>(raw_memory) + 1023) / 1024 * 1024);
+  auto& memory = *reinterpret_cast<attention_memory*>(aligned_memory(raw_memory));
   follow();
   const auto cluster = cg::this_cluster();
   // The last rows of a batch tend to have the most keys, and come first.
@@ -91,7 +90,8 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
   const std::int32_t last_tile = num_tiles * (rank + 1) / num_parts;
   const auto thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
-  const int half = thread / 128; // of the keys of a tile, then of the dimensions of the result
+  const int half = __shfl_sync(kAllLanes, thread / 128,
+                               0); // of the keys of a tile, then of the dimensions of the result
   const int my_row = thread / 32 % 4 * 16 + lane / 4; // and the eighth behind it
 
   // A thread copies the same piece of two keys of each chunk. Their pages are looked up a tile
@@ -143,11 +143,15 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
   }
   load_keys(first_tile);
 
+  // Descriptors count in 16 bytes.
+  const std::uint64_t query = describe_operand(shared_address(memory.query));
+  const std::uint64_t powers = describe_operand(shared_address(memory.powers));
   float sums[kWideLatent / 4] = {}; // 256 dimensions of 64 heads by 128 threads
   float largest[2] = {-INFINITY, -INFINITY};
   float total[2] = {0.0F, 0.0F}; // of this lane's keys
   for (std::int32_t tile = first_tile; tile < last_tile; ++tile) {
     const std::uint32_t keys = shared_address(memory.keys[(tile - first_tile) % 2]);
+    const std::uint64_t some_keys = describe_operand(keys + half * (kKeys / 2) * 128);
     wait_copies<0>();
     show_to_matrix_unit();
     __syncthreads(); // the tile is there, and nobody needs the one before
@@ -157,8 +161,7 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int step = 0; step < kWidth / 16; ++step) {
       const std::uint32_t at = step / 4 * kChunkBytes + step % 4 * 32;
-      multiply_shared(scores, describe_operand(shared_address(memory.query) + at),
-                      describe_operand(keys + half * (kKeys / 2) * 128 + at), step > 0 ? 1 : 0);
+      multiply_shared(scores, query + at / 16, some_keys + at / 16, step > 0 ? 1 : 0);
     }
     commit_group();
     if (tile + 1 < last_tile) {
@@ -210,12 +213,12 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
     show_to_matrix_unit();
     __syncthreads();
 
+    const std::uint64_t values =
+      describe_across(keys + half * (kChunks / 2) * kChunkBytes, kChunkBytes);
     begin_group();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      const std::uint32_t at = keys + half * (kWideLatent / 2 / kChunkCols) * kChunkBytes;
-      multiply_shared_across(sums, describe_operand(shared_address(memory.powers) + step * 32),
-                             describe_across(at + step * 16 * 128, kChunkBytes), 1);
+      multiply_shared_across(sums, powers + step * 32 / 16, values + step * 16 * 128 / 16, 1);
     }
     commit_group();
     wait_groups<0>();

@@ -15,6 +15,13 @@ namespace troupe::kernels::cuda {
 
 #if defined(TROUPE_HOPPER)
 
+/// Where shared memory that the matrix unit reads begins: kSwizzleBytes must be there to spare.
+inline constexpr int kSwizzleBytes = 1024;
+
+__device__ inline unsigned char* aligned_memory(unsigned char* memory) {
+  return memory + (kSwizzleBytes - shared_address(memory) % kSwizzleBytes) % kSwizzleBytes;
+}
+
 /// d (+)= a . b of 64 rows by kCols columns over 16; `adds` 0 begins anew. A lane holds of d, for
 /// each 8 columns, what it holds of a tile of multiply_tile; a warp has 16 of the rows.
 template <int kCols>
