@@ -51,6 +51,15 @@ __device__ inline void copy_async(void* to, const void* from, bool inside) {
                : "memory");
 }
 
+/// The same, or nothing at all.
+__device__ inline void copy_if(void* to, const void* from, bool wanted) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+               "@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(address),
+               "l"(from), "r"(static_cast<int>(wanted))
+               : "memory");
+}
+
 __device__ inline void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -74,7 +74,6 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
 #if defined(TROUPE_HOPPER)
   extern __shared__ unsigned char raw_memory[];
   auto& memory = *reinterpret_cast<attention_memory*>(aligned_memory(raw_memory));
-  follow();
   const auto cluster = cg::this_cluster();
   // The last rows of a batch tend to have the most keys, and come first.
   const auto row = static_cast<std::int32_t>(gridDim.z - 1 - blockIdx.z);
@@ -127,7 +126,9 @@ __global__ void __cluster_dims__(kParts, 1, 1) __launch_bounds__(kThreads, 1)
     find_pages(tile + 1);
   };
 
+  // Positions and tables come from the host, before any kernel of a step.
   find_pages(first_tile);
+  follow();
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int head = thread / 8 + j * 32;

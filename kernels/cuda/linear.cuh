@@ -25,9 +25,7 @@ template <packed_type Type, int kTiles, int kTokenTiles>
 struct few_shape {
   static constexpr int kPieces = kTiles * 2 * kWordsOfBlock<Type>; ///< of a lane, 16 bytes each
   static constexpr int kStageBytes = kPieces * 512;
-  static constexpr int kStages = kStageBytes <= 2048                     ? 4
-                                 : kStageBytes > 4096 || kTokenTiles > 1 ? 3
-                                                                         : 2;
+  static constexpr int kStages = kStageBytes == 4096 && kTokenTiles == 1 ? 2 : 3;
   static constexpr int kSums = kTokenTiles * 8 * (kTiles * kTileRows + 1); ///< floats of a warp
   static constexpr int kRingBytes = kLinearWarps * kStages * kStageBytes;
   static constexpr int kSumBytes = kLinearWarps * kSums * 4;
@@ -98,15 +96,13 @@ __device__ inline void multiply_few(const linear_args& args, std::int32_t index,
   auto* ring =
     reinterpret_cast<uint4*>(memory) + warp * shape::kStages * shape::kPieces * 32 + lane;
   const auto load_weights = [&](std::int32_t block, int stage) {
-    if (block < last_block) {
-      uint4* to = ring + stage * shape::kPieces * 32;
+    uint4* to = ring + stage * shape::kPieces * 32;
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r) {
-        const uint4* from = tile[r] + block * kWords * 64;
+    for (int r = 0; r < kTiles; ++r) {
+      const uint4* from = tile[r] + block * kWords * 64;
 #pragma unroll
-        for (int i = 0; i < 2 * kWords; ++i) {
-          copy_async(to + (r * 2 * kWords + i) * 32, from + i * 32, true);
-        }
+      for (int i = 0; i < 2 * kWords; ++i) {
+        copy_if(to + (r * 2 * kWords + i) * 32, from + i * 32, block < last_block);
       }
     }
     commit_copies();
@@ -191,9 +187,7 @@ __device__ inline void multiply_few(const linear_args& args, std::int32_t index,
         }
       }
     }
-    if (block + 1 < last_block) {
-      load_values(block + 1);
-    }
+    load_values(min(block + 1, last_block - 1));
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
 #pragma unroll

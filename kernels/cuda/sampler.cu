@@ -360,16 +360,21 @@ __global__ void __launch_bounds__(kThreads)
   const count64 nobody = ~count64{0};
   surveys += std::int64_t{blockIdx.x} * kSurveys;
   count64 top = nobody;
+#pragma unroll
   for (int i = 0; i < kSurveys; ++i) {
     top = min(top, surveys[i].best);
   }
   const float largest = logit_of(logits, top);
-  double powers = 0.0;
-  for (int i = 0; i < kSurveys; ++i) {
-    const float of_part = logit_of(logits, surveys[i].best);
-    powers += surveys[i].powers * exp(static_cast<double>(of_part) - largest);
+  double log_sum = 0.0; // of the first thread
+  if (threadIdx.x < 32) {
+    const int part = threadIdx.x % kSurveys;
+    const float of_part = logit_of(logits, surveys[part].best);
+    const double mine = surveys[part].powers * exp(static_cast<double>(of_part) - largest);
+    for (int i = 0; i < kSurveys; ++i) {
+      log_sum += __shfl_sync(kAllLanes, mine, i);
+    }
+    log_sum = log(log_sum);
   }
-  const double log_sum = log(powers);
 
   std::int32_t token = params.target;
   if (token < 0) {
