@@ -1,6 +1,6 @@
 #pragma once
 
-// Bulk copies into shared memory and the barriers that say when they are there (PTX ISA,
+// Copies into shared memory and how to know that they are there (PTX ISA, "cp.async",
 // "cp.async.bulk" and "mbarrier"): Hopper and later.
 
 #include "troupe/kernels/cuda/mma.cuh"

@@ -1,6 +1,7 @@
 #pragma once
 
-// Products of few rows with a packed weight: the weight is read once, straight into registers.
+// Products of few rows with a packed weight: the weight is read once, by warps that have their
+// parts of it to themselves.
 //
 // What a result is made of does not depend on the number of rows: the columns are cut into
 // num_splits(num_cols) parts; within a part, the matrix unit sums blocks of 128 columns, each of
