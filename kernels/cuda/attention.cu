@@ -130,14 +130,14 @@ __global__ void __launch_bounds__(kThreads)
 void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
                              const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
-                             const device_pages& pages, const rows_of_bf16& out) {
+                             const device_pages& pages, const rows_of_bf16& out, bool is_hopper) {
   const auto addresses =
     reinterpret_cast<std::uintptr_t>(q_latent.data) | reinterpret_cast<std::uintptr_t>(q_rope.data);
   const auto strides = q_latent.stride | q_rope.stride | q_rope_head_stride;
   if (pages.first_width == kWideLatent && pages.second_width == kWideRope && addresses % 16 == 0
       && strides % 8 == 0) {
-    launch_wide_latent_attention(stream, q_latent, q_rope, q_rope_head_stride, num_heads, scale,
-                                 batch, pages, out);
+    const auto wide = is_hopper ? launch_hopper_latent_attention : launch_wide_latent_attention;
+    wide(stream, q_latent, q_rope, q_rope_head_stride, num_heads, scale, batch, pages, out);
     return;
   }
   const dim3 grid(num_heads, q_latent.num_rows);

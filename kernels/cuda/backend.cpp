@@ -288,7 +288,8 @@ void cuda_ops::latent_attention(const rows_view& q_latent, const rows_view& q_ro
     launch_latent_attention(
       stream_, as_bf16(q_latent), as_bf16(q_rope), q_rope_head_stride, num_heads, scale,
       upload_batch(batch),
-      {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim}, as_bf16(out));
+      {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim}, as_bf16(out),
+      gpu_.is_hopper());
     launched("latent_attention");
   }
 }
@@ -434,13 +435,16 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
   auto* allowed = banned_.empty()
                     ? nullptr
                     : allowed_.take<float>(static_cast<std::size_t>(num_rows) * logits.num_cols);
-  auto* drawn = results_.take<sampled_token>(num_rows);
+  const auto num_surveys = static_cast<std::size_t>(num_rows) * kSurveys;
+  auto* surveys = reinterpret_cast<logit_survey*>(
+    results_.take<std::byte>(num_surveys * sizeof(logit_survey) + bytes));
+  auto* drawn = reinterpret_cast<sampled_token*>(surveys + num_surveys);
   auto* host = download_.take(bytes);
   if (!gpu_.ok()) {
     return;
   }
   launch_sample(stream_, static_cast<const float*>(logits.data), logits.stride, num_rows,
-                logits.num_cols, device_params, banned, allowed, drawn);
+                logits.num_cols, device_params, banned, surveys, allowed, drawn);
   launched("sample");
   gpu_.check(cudaMemcpyAsync(host, drawn, bytes, cudaMemcpyDeviceToHost, stream_),
              "copy of the tokens");

@@ -1,6 +1,6 @@
 #pragma once
 
-// Bulk copies into shared memory and the barriers that say when they are there (PTX ISA,
+// Copies into shared memory and how to know that they are there (PTX ISA, "cp.async",
 // "cp.async.bulk" and "mbarrier"): Hopper and later.
 
 #include "troupe/kernels/cuda/mma.cuh"
@@ -41,6 +41,37 @@ __device__ inline void copy_bulk(void* to, const void* from, std::uint32_t bytes
                "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+
+/// 16 bytes on their way into shared memory; zeros where they are not inside.
+__device__ inline void copy_async(void* to, const void* from, bool inside) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = inside ? 16 : 0; // the rest is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+/// The same, or nothing at all.
+__device__ inline void copy_if(void* to, const void* from, bool wanted) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n"
+               "@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(address),
+               "l"(from), "r"(static_cast<int>(wanted))
+               : "memory");
+}
+
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kMost>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kMost) : "memory");
+}
+
+/// Into the L2 alone.
+__device__ inline void prefetch_bulk(const void* from, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 
 } // namespace troupe::kernels::cuda

@@ -14,6 +14,32 @@ namespace troupe::kernels::cuda {
 
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
+/// Launches a kernel that may begin while the one before it on the stream still runs (programmatic
+/// dependent launch, CUDA programming guide). It calls follow() before it touches what another
+/// kernel writes or reads; weights it may read earlier, since no kernel of a step writes them.
+template <class... Params, class... Args>
+void launch(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared_bytes,
+            void (*kernel)(Params...), const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+/// Lets the next kernel begin, and waits until the one before is complete, with which all earlier
+/// ones are, since each of them waits as well.
+__device__ inline void follow() {
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 __device__ inline float warp_sum(float value) {
   for (int step = 16; step > 0; step /= 2) {
     value += __shfl_xor_sync(kAllLanes, value, step);

@@ -20,11 +20,22 @@ __global__ void write_to_nowhere(volatile int* nowhere) {
   *nowhere = 1;
 }
 
-__global__ void embed(const void* table, bool is_float, std::int64_t num_cols,
+/// A thread has kEmbedded neighbouring columns.
+constexpr int kEmbedded = 8;
+
+__global__ void embed(const void* table, bool is_float, bool is_aligned, std::int64_t num_cols,
                       const std::int32_t* ids, rows_of_bf16 out) {
+  follow();
   const auto row = std::int64_t{ids[blockIdx.x]};
+  const std::int64_t first = (std::int64_t{blockIdx.y} * kThreads + threadIdx.x) * kEmbedded;
   bf16* to = out.data + blockIdx.x * out.stride;
-  for (auto k = static_cast<std::int64_t>(threadIdx.x); k < num_cols; k += blockDim.x) {
+  if (is_aligned && first < num_cols) {
+    const bf16* from = static_cast<const bf16*>(table) + row * num_cols + first;
+    *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(from);
+    return;
+  }
+  const std::int64_t last = first + kEmbedded < num_cols ? first + kEmbedded : num_cols;
+  for (auto k = first; k < last; ++k) {
     if (is_float) {
       store(to + k, static_cast<const float*>(table)[row * num_cols + k]);
     } else {
@@ -36,6 +47,7 @@ __global__ void embed(const void* table, bool is_float, std::int64_t num_cols,
 /// One block a row; a thread keeps what it read, so that out may be x.
 __global__ void rms_norm(rows_of_bf16 x, const float* weight, float epsilon, rows_of_bf16 out) {
   __shared__ float memory[32];
+  follow();
   const bf16* from = x.data + blockIdx.x * x.stride;
   bf16* to = out.data + blockIdx.x * out.stride;
   float squares = 0.0F;
@@ -63,6 +75,7 @@ __global__ void __launch_bounds__(1024)
     uint4 words = {0, 0, 0, 0};
     std::uint32_t pairs[4];
   } in;
+  follow();
   if (mine) {
     in.words = reinterpret_cast<const uint4*>(x.data + blockIdx.x * x.stride)[at];
     if constexpr (kAdds) {
@@ -108,27 +121,30 @@ __global__ void __launch_bounds__(1024)
 __global__ void rope(rows_of_bf16 x, std::int32_t num_heads, std::int32_t head_stride,
                      std::int32_t offset, std::int32_t num_pairs, const std::int32_t* positions,
                      const float* inv_freq, float magnitude, bool halves) {
-  bf16* row = x.data + blockIdx.x * x.stride + offset;
-  const auto position = static_cast<float>(positions[blockIdx.x]);
-  for (std::int32_t i = threadIdx.x; i < num_heads * num_pairs; i += blockDim.x) {
-    const std::int32_t pair = i % num_pairs;
-    bf16* head = row + std::int64_t{i / num_pairs} * head_stride;
-    bf16* first = head + (halves ? pair : 2 * pair);
-    bf16* second = head + (halves ? pair + num_pairs : 2 * pair + 1);
-    float sine;
-    float cosine;
-    sincosf(position * inv_freq[pair], &sine, &cosine);
-    sine *= magnitude;
-    cosine *= magnitude;
-    const float a = load(first);
-    const float b = load(second);
-    store(first, a * cosine - b * sine);
-    store(second, a * sine + b * cosine);
+  follow();
+  const auto i = static_cast<std::int32_t>(blockIdx.y * kThreads + threadIdx.x);
+  if (i >= num_heads * num_pairs) {
+    return;
   }
+  const auto position = static_cast<float>(positions[blockIdx.x]);
+  const std::int32_t pair = i % num_pairs;
+  bf16* head = x.data + blockIdx.x * x.stride + offset + std::int64_t{i / num_pairs} * head_stride;
+  bf16* first = head + (halves ? pair : 2 * pair);
+  bf16* second = head + (halves ? pair + num_pairs : 2 * pair + 1);
+  float sine;
+  float cosine;
+  sincosf(position * inv_freq[pair], &sine, &cosine);
+  sine *= magnitude;
+  cosine *= magnitude;
+  const float a = load(first);
+  const float b = load(second);
+  store(first, a * cosine - b * sine);
+  store(second, a * sine + b * cosine);
 }
 
 __global__ void append(rows_of_bf16 first, rows_of_bf16 second, device_batch batch,
                        device_pages pages) {
+  follow();
   const auto row = static_cast<std::int32_t>(blockIdx.x);
   bf16* to = pages.data + place_of(batch, pages, row, batch.positions[row]);
   for (std::int32_t k = threadIdx.x; k < pages.first_width; k += blockDim.x) {
@@ -140,6 +156,7 @@ __global__ void append(rows_of_bf16 first, rows_of_bf16 second, device_batch bat
 }
 
 __global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
+  follow();
   const std::int64_t row = blockIdx.y;
   const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
   if (k < gate.num_cols) {
@@ -151,6 +168,7 @@ __global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
 
 __global__ void add(rows_of_bf16 x, const bf16* delta, std::int64_t delta_stride,
                     const float* bias) {
+  follow();
   const std::int64_t row = blockIdx.y;
   const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
   if (k < x.num_cols) {
@@ -161,6 +179,7 @@ __global__ void add(rows_of_bf16 x, const bf16* delta, std::int64_t delta_stride
 
 __global__ void combine(rows_of_bf16 expert_out, const std::int32_t* rows, const float* weights,
                         std::int32_t top_k, rows_of_bf16 shared, rows_of_bf16 out) {
+  follow();
   const std::int64_t row = blockIdx.y;
   const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
   if (k >= out.num_cols) {
@@ -246,17 +265,24 @@ bool is_in_pieces(const rows_of_bf16& x, const float* weight, const rows_of_bf16
 
 void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::int32_t* ids,
                   std::int32_t num_ids, const rows_of_bf16& out) {
-  embed<<<num_ids, kThreads, 0, stream>>>(table.data, table.type == element_type::f32,
-                                          table.num_cols, ids, out);
+  const auto addresses =
+    reinterpret_cast<std::uintptr_t>(table.data) | reinterpret_cast<std::uintptr_t>(out.data);
+  const bool is_float = table.type == element_type::f32;
+  const bool is_aligned =
+    !is_float && addresses % 16 == 0 && (out.stride | table.num_cols) % kEmbedded == 0;
+  const dim3 grid(num_ids, ceil_div(table.num_cols, kThreads * kEmbedded));
+  launch(stream, grid, kThreads, 0, embed, table.data, is_float, is_aligned, table.num_cols, ids,
+         out);
 }
 
 void launch_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const float* weight, float epsilon,
                      const rows_of_bf16& out) {
   if (is_in_pieces(x, weight, out)) {
     const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
-    rms_norm_pieces<false><<<x.num_rows, threads, 0, stream>>>(x, nullptr, 0, weight, epsilon, out);
+    launch(stream, x.num_rows, threads, 0, rms_norm_pieces<false>, x, nullptr, 0, weight, epsilon,
+           out);
   } else {
-    rms_norm<<<x.num_rows, kThreads, 0, stream>>>(x, weight, epsilon, out);
+    launch(stream, x.num_rows, kThreads, 0, rms_norm, x, weight, epsilon, out);
   }
 }
 
@@ -264,29 +290,30 @@ void launch_rope(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_he
                  std::int32_t head_stride, std::int32_t offset, std::int32_t rope_dim,
                  const std::int32_t* positions, const float* inv_freq, float magnitude,
                  bool halves) {
-  rope<<<x.num_rows, kThreads, 0, stream>>>(x, num_heads, head_stride, offset, rope_dim / 2,
-                                            positions, inv_freq, magnitude, halves);
+  const dim3 grid(x.num_rows, ceil_div(num_heads * (rope_dim / 2), kThreads));
+  launch(stream, grid, kThreads, 0, rope, x, num_heads, head_stride, offset, rope_dim / 2,
+         positions, inv_freq, magnitude, halves);
 }
 
 void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of_bf16& second,
                    const device_batch& batch, const device_pages& pages) {
-  append<<<first.num_rows, kThreads, 0, stream>>>(first, second, batch, pages);
+  launch(stream, first.num_rows, kThreads, 0, append, first, second, batch, pages);
 }
 
 void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
                    const rows_of_bf16& out) {
   for_row_ranges(gate, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(gate, first, count);
-    swiglu<<<grid_of(part), kThreads, 0, stream>>>(part, slice(up, first, count),
-                                                   slice(out, first, count));
+    launch(stream, grid_of(part), kThreads, 0, swiglu, part, slice(up, first, count),
+           slice(out, first, count));
   });
 }
 
 void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta) {
   for_row_ranges(x, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(x, first, count);
-    add<<<grid_of(part), kThreads, 0, stream>>>(part, slice(delta, first, count).data, delta.stride,
-                                                nullptr);
+    launch(stream, grid_of(part), kThreads, 0, add, part, slice(delta, first, count).data,
+           delta.stride, nullptr);
   });
 }
 
@@ -296,8 +323,8 @@ void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_
     reinterpret_cast<std::uintptr_t>(delta.data) % 16 == 0 && delta.stride % 8 == 0;
   if (delta_is_whole && is_in_pieces(x, weight, out)) {
     const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
-    rms_norm_pieces<true>
-      <<<x.num_rows, threads, 0, stream>>>(x, delta.data, delta.stride, weight, epsilon, out);
+    launch(stream, x.num_rows, threads, 0, rms_norm_pieces<true>, x, delta.data, delta.stride,
+           weight, epsilon, out);
   } else {
     launch_add(stream, x, delta);
     launch_rms_norm(stream, x, weight, epsilon, out);
@@ -307,7 +334,7 @@ void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_
 void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias) {
   for_row_ranges(x, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(x, first, count);
-    add<<<grid_of(part), kThreads, 0, stream>>>(part, nullptr, 0, bias);
+    launch(stream, grid_of(part), kThreads, 0, add, part, nullptr, 0, bias);
   });
 }
 
@@ -317,8 +344,8 @@ void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const s
   for_row_ranges(out, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(out, first, count);
     const auto at = std::int64_t{first} * top_k;
-    combine<<<grid_of(part), kThreads, 0, stream>>>(expert_out, rows + at, weights + at, top_k,
-                                                    slice(shared, first, count), part);
+    launch(stream, grid_of(part), kThreads, 0, combine, expert_out, rows + at, weights + at, top_k,
+           slice(shared, first, count), part);
   });
 }
 

@@ -116,8 +116,9 @@ struct linear_args {
   linear_job other;                 ///< the second of two jobs, if it has data
   const linear_job* jobs = nullptr; ///< several; null: `job` alone, moved by the steps below
   std::int32_t num_jobs = 1;
-  std::int32_t max_rows = 0; ///< of any job
-  std::int32_t job_cols = 0; ///< columns of the result, which are rows of the weight
+  const std::int32_t* num_used = nullptr; ///< how many of the jobs there are; null: all. Few rows
+  std::int32_t max_rows = 0;              ///< of any job
+  std::int32_t job_cols = 0;              ///< columns of the result, which are rows of the weight
   std::int32_t row_step = 0; ///< rows of the weight, elements of x and out from job to job
   std::int64_t x_step = 0;
   std::int64_t out_step = 0;
@@ -159,7 +160,7 @@ void launch_linear_i4(cudaStream_t stream, const linear_args& args,
 void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
                              const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
-                             const device_pages& pages, const rows_of_bf16& out);
+                             const device_pages& pages, const rows_of_bf16& out, bool is_hopper);
 void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,
                               std::int32_t num_kv_heads, float scale, const device_batch& batch,
                               const device_pages& pages, const rows_of_bf16& out);
@@ -186,9 +187,19 @@ struct device_sampling {
   std::int32_t num_banned = 0;
 };
 
-/// `allowed` is scratch, [num_rows, num_tokens].
+/// What a part of a row of logits holds.
+struct logit_survey {
+  unsigned long long best = 0; ///< rank of the best token of the part
+  double powers = 0.0;         ///< sum of exp(logit - best logit of the part)
+};
+
+/// Parts of a row that are surveyed by blocks of their own.
+inline constexpr std::int32_t kSurveys = 16;
+
+/// Scratch: `surveys` [num_rows, kSurveys], `allowed` [num_rows, num_tokens].
 void launch_sample(cudaStream_t stream, const float* logits, std::int64_t stride,
                    std::int32_t num_rows, std::int32_t num_tokens, const device_sampling* params,
-                   const std::int32_t* banned, float* allowed, sampled_token* out);
+                   const std::int32_t* banned, logit_survey* surveys, float* allowed,
+                   sampled_token* out);
 
 } // namespace troupe::kernels::cuda

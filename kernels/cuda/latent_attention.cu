@@ -6,11 +6,11 @@
 
 #include "troupe/kernels/cuda/bulk_copy.cuh"
 
-/// Absorbed latent attention on the matrix unit: the heads of a row are the rows of the product, so
-/// decoding is a matrix product too. A block computes 32 heads of one row over a part of its keys;
-/// up to four blocks (a cluster) share the keys of a row and add their parts in order. Tiles of 64
-/// keys and the cuts between blocks depend on the position of the row alone, so its bits do not
-/// depend on who else is in the batch.
+/// Absorbed latent attention on the matrix unit of GPUs later than Hopper: the heads of a row are
+/// the rows of the product, so decoding is a matrix product too. A block computes 32 heads of one
+/// row over a part of its keys; up to four blocks (a cluster) share the keys of a row and add their
+/// parts in order. Tiles of 64 keys and the cuts between blocks depend on the position of the row
+/// alone, so its bits do not depend on who else is in the batch.
 namespace troupe::kernels::cuda {
 
 namespace {

@@ -13,4 +13,10 @@ void launch_wide_latent_attention(cudaStream_t stream, const rows_of_bf16& q_lat
                                   std::int32_t num_heads, float scale, const device_batch& batch,
                                   const device_pages& pages, const rows_of_bf16& out);
 
+/// The same on Hopper, with other bits.
+void launch_hopper_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
+                                    const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
+                                    std::int32_t num_heads, float scale, const device_batch& batch,
+                                    const device_pages& pages, const rows_of_bf16& out);
+
 } // namespace troupe::kernels::cuda

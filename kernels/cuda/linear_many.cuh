@@ -26,22 +26,6 @@ struct many_shape {
   static_assert(kOutBytes <= kBytes);
 };
 
-__device__ inline void copy_async(void* to, const void* from, bool inside) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-  const int bytes = inside ? 16 : 0; // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(bytes));
-}
-
-__device__ inline void commit_copies() {
-  asm volatile("cp.async.commit_group;");
-}
-
-template <int kMost>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kMost));
-}
-
 template <packed_type Type, int kRowTiles, int kTokenTiles>
 __global__ void __launch_bounds__(256, 1) linear_many(const linear_args args) {
 #if !defined(TROUPE_HOPPER)

@@ -39,11 +39,14 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
   using shape = wide_shape<Type, kTokens, kSplit>;
   constexpr int kWords = kWordsOfBlock<Type>;
   extern __shared__ unsigned char raw_memory[];
-  auto* memory = reinterpret_cast<unsigned char*>(
-    (reinterpret_cast<std::uintptr_t>(raw_memory) + 1023) / 1024 * 1024);
+  unsigned char* memory = aligned_memory(raw_memory);
   __shared__ std::uint64_t full[shape::kStages];
   __shared__ std::uint64_t empty[shape::kStages];
 
+  const bool knows_weights = args.jobs == nullptr;
+  if (!knows_weights) {
+    follow();
+  }
   const linear_job job = job_of(args, blockIdx.y);
   const packed_matrix& w = args.w;
   const std::int32_t splits = num_splits(w.num_cols);
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
   const int lane = thread % 32;
   const int warp = thread / 32;
 
-  const auto load_block = [&](std::int32_t block) {
+  const auto load_weights = [&](std::int32_t block) {
     const int stage = (block - first_block) % shape::kStages;
     unsigned char* to = memory + stage * shape::kStageBytes;
     arrive_expecting(&full[stage], shape::kStageBytes);
@@ -76,6 +79,10 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
                   + (tile * w.num_chunks + block * kWords) * 1024,
                 kWords * 1024, &full[stage]);
     }
+  };
+  const auto load_rows = [&](std::int32_t block) {
+    const int stage = (block - first_block) % shape::kStages;
+    unsigned char* to = memory + stage * shape::kStageBytes;
     const unsigned char* x = static_cast<const unsigned char*>(args.packed_x)
                              + blockIdx.y * args.packed_step
                              + (job.first_group + std::int64_t{first_token / 8}) * 1024;
@@ -85,15 +92,23 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
                 &full[stage]);
     }
   };
+  const std::int32_t first_blocks = min(last_block, first_block + shape::kStages);
   if (thread == 0) {
     for (int i = 0; i < shape::kStages; ++i) {
       make_barrier(&full[i], 1);
       make_barrier(&empty[i], kWideThreads);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    for (std::int32_t block = first_block; block < min(last_block, first_block + shape::kStages);
-         ++block) {
-      load_block(block);
+    for (std::int32_t block = first_block; block < first_blocks; ++block) {
+      load_weights(block);
+    }
+  }
+  if (knows_weights) {
+    follow();
+  }
+  if (thread == 0) {
+    for (std::int32_t block = first_block; block < first_blocks; ++block) {
+      load_rows(block);
     }
   }
   __syncthreads();
@@ -112,25 +127,31 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
   float part[shape::kValues];
   [[maybe_unused]] float sum[kSplit ? 1 : shape::kValues];
   std::int32_t split = 0;
+  std::int32_t scale_at = first_block / w.blocks_per_scale;
+  std::int32_t blocks_left = w.blocks_per_scale - first_block % w.blocks_per_scale; // of the scale
   for (std::int32_t block = first_block; block < last_block; ++block) {
     const int turn = block - first_block;
     const int stage = turn % shape::kStages;
     float factor[2] = {1.0F, 1.0F};
     if (scale[0] != nullptr) {
-      factor[0] = scale[0][block / w.blocks_per_scale];
-      factor[1] = scale[1][block / w.blocks_per_scale];
+      factor[0] = __ldg(scale[0] + scale_at);
+      factor[1] = __ldg(scale[1] + scale_at);
     }
     std::uint32_t zeros[2] = {0x43084308, 0x43084308}; // 128 + 8
     if constexpr (Type == packed_type::i4) {
       if (zero[0] != nullptr) {
-        zeros[0] = 0x43004300 | zero[0][block / w.blocks_per_scale] * 0x10001U;
-        zeros[1] = 0x43004300 | zero[1][block / w.blocks_per_scale] * 0x10001U;
+        zeros[0] = 0x43004300 | __ldg(zero[0] + scale_at) * 0x10001U;
+        zeros[1] = 0x43004300 | __ldg(zero[1] + scale_at) * 0x10001U;
       }
+    }
+    if (--blocks_left == 0) {
+      ++scale_at;
+      blocks_left = w.blocks_per_scale;
     }
     wait_barrier(&full[stage], (turn / shape::kStages) & 1);
     const unsigned char* from = memory + stage * shape::kStageBytes;
     const auto* weights = reinterpret_cast<const uint4*>(from) + warp * kWords * 64 + lane;
-    const std::uint32_t x = shared_address(from + shape::kWeightBytes);
+    const std::uint64_t x = describe_operand(shared_address(from + shape::kWeightBytes));
     std::uint32_t operands[8][4];
     uint4 words[2][kWords];
     // The second half of the block is expanded while the first is multiplied.
@@ -157,15 +178,17 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
       begin_group();
 #pragma unroll
       for (int step = 4 * half; step < 4 * half + 4; ++step) {
-        const std::uint32_t at = x + half * shape::kHalfBytes + step % 4 * 32;
-        multiply_group<kTokens>(part, operands[step], describe_operand(at), step > 0 ? 1 : 0);
+        // Descriptors count in 16 bytes.
+        const std::uint64_t at = x + (half * shape::kHalfBytes + step % 4 * 32) / 16;
+        multiply_group<kTokens>(part, operands[step], at, step > 0 ? 1 : 0);
       }
       commit_group();
     }
     // The stage of the last block is free once the slowest warp is through with it.
     if (thread == 0 && turn > 0 && block - 1 + shape::kStages < last_block) {
       wait_barrier(&empty[(turn - 1) % shape::kStages], ((turn - 1) / shape::kStages) & 1);
-      load_block(block - 1 + shape::kStages);
+      load_weights(block - 1 + shape::kStages);
+      load_rows(block - 1 + shape::kStages);
     }
     __syncwarp();
     wait_groups<0>();
@@ -211,9 +234,15 @@ __global__ void __launch_bounds__(kWideThreads, wide_shape<Type, kTokens, kSplit
     cluster.sync();
     const int count = shape::kValues / splits;
     for (int i = split_of_block * count; i < (split_of_block + 1) * count; ++i) {
-      float value = *cluster.map_shared_rank(parts + i * kWideThreads, 0);
-      for (int s = 1; s < splits; ++s) {
-        value += *cluster.map_shared_rank(parts + i * kWideThreads, s);
+      float values[kMaxSplits]; // on their way together
+#pragma unroll
+      for (int s = 0; s < kMaxSplits; ++s) {
+        values[s] = s < splits ? *cluster.map_shared_rank(parts + i * kWideThreads, s) : 0.0F;
+      }
+      float value = values[0];
+#pragma unroll
+      for (int s = 1; s < kMaxSplits; ++s) {
+        value = s < splits ? value + values[s] : value;
       }
       store(i, value);
     }
@@ -236,18 +265,20 @@ void launch_wide_shape(cudaStream_t stream, const linear_args& args) {
   const bool aligned = args.row_step % kTileRows == 0;
   const auto row_tiles = ceil_div(args.job_cols + (aligned ? 0 : kTileRows), kWideRows);
   const auto splits = kSplit ? num_splits(args.w.num_cols) : 1;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(splits);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(splits);
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(row_tiles * ceil_div(args.max_rows, kTokens) * splits, args.num_jobs);
   config.blockDim = dim3(kWideThreads);
   config.dynamicSmemBytes = shape::kBytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -7,16 +7,11 @@
 #include "troupe/kernels/cuda/trace.hpp"
 
 /// The mixture of experts of cuda_ops. The host knows how many tasks there are, and how many tiles
-/// of them there can be, but not which experts they belong to: products are launched for as many
-/// jobs as there can be, and those without rows leave at once.
+/// of them there can be, but not which experts they belong to: the lists of jobs and their lengths
+/// stay on the device.
 namespace troupe::kernels::cuda {
 
 namespace {
-
-/// Rows of one expert that are multiplied at once: what the kernels for few rows take with the
-/// least work, or with the fewest readings of a weight that many rows share.
-constexpr std::int32_t kSmallTile = 8;
-constexpr std::int32_t kLargeTile = 32;
 
 expert_part part_of(const packed_matrix& w) {
   return {w.data, w.scales, w.zeros};
@@ -46,22 +41,32 @@ struct mixture_lists {
   std::int32_t* expert_rows;
   std::int32_t* task_rows;
   linear_job* jobs;
+  std::int32_t* num_used;
 };
 
-std::size_t bytes_of_lists(std::int32_t top_k, std::size_t most_jobs) {
-  const auto tasks = static_cast<std::size_t>(kMixedRows) * top_k;
-  return (4 * tasks + kMixedRows) * 4 + 3 * most_jobs * sizeof(linear_job) + 5 * 16;
+std::size_t most_jobs(std::int32_t top_k, std::int32_t num_experts) {
+  const auto tasks = kMixedRows * top_k;
+  return 3
+         * static_cast<std::size_t>(most_small_tiles(tasks, num_experts)
+                                    + most_large_tiles(tasks, kMixedRows));
 }
 
-mixture_lists divide(std::byte* memory, std::int32_t top_k, std::size_t most_jobs) {
+std::size_t bytes_of_lists(std::int32_t top_k, std::int32_t num_experts) {
+  const auto tasks = static_cast<std::size_t>(kMixedRows) * top_k;
+  return (4 * tasks + kMixedRows + 4) * 4 + most_jobs(top_k, num_experts) * sizeof(linear_job)
+         + 6 * 16;
+}
+
+mixture_lists divide(std::byte* memory, std::int32_t top_k, std::int32_t num_experts) {
   const auto tasks = static_cast<std::size_t>(kMixedRows) * top_k;
   divided pieces(memory);
   mixture_lists lists{};
-  lists.jobs = pieces.take<linear_job>(3 * most_jobs);
+  lists.jobs = pieces.take<linear_job>(most_jobs(top_k, num_experts));
   lists.chosen = pieces.take<std::int32_t>(tasks);
   lists.weights = pieces.take<float>(tasks);
   lists.expert_rows = pieces.take<std::int32_t>(tasks);
   lists.task_rows = pieces.take<std::int32_t>(tasks + kMixedRows);
+  lists.num_used = pieces.take<std::int32_t>(4);
   return lists;
 }
 
@@ -127,10 +132,9 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
     return false;
   }
   const auto num_tasks = num_rows * top_k;
-  const auto tile_rows = num_tasks > 6 * num_experts ? kLargeTile : kSmallTile;
   const auto shares_tiles = [&] {
     const auto& shared = *w.shared;
-    return num_rows <= tile_rows && same_shape(packed(shared.gate), table->gate)
+    return same_shape(packed(shared.gate), table->gate)
            && same_shape(packed(shared.up), table->gate)
            && same_shape(packed(shared.down), table->down)
            && scratch.shared_out.stride == scratch.expert_out.stride;
@@ -141,12 +145,10 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
   }
 
   // Taken for the most rows there may be, so that memory moves at most once.
-  const auto most_jobs =
-    static_cast<std::size_t>(most_tiles(kMixedRows, top_k, num_experts, kSmallTile) + 1);
   const auto inner = table->gate.num_rows;
   const auto width = ceil_div(inner, kBlockCols) * kBlockCols;
   const auto most_tasks = static_cast<std::size_t>(kMixedRows) * (top_k + 1);
-  auto* memory = mixture_lists_.take<std::byte>(bytes_of_lists(top_k, most_jobs));
+  auto* memory = mixture_lists_.take<std::byte>(bytes_of_lists(top_k, num_experts));
   auto* logits = router_logits_.take<float>(static_cast<std::size_t>(kMixedRows) * num_experts);
   auto* gate = mixed_gates_.take<bf16>(most_tasks * width);
   auto* up = mixed_ups_.take<bf16>(most_tasks * width);
@@ -154,15 +156,16 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
   if (!gpu_.ok()) {
     return false;
   }
-  const auto lists = divide(memory, top_k, most_jobs);
+  const auto lists = divide(memory, top_k, num_experts);
 
   mixture_plan plan;
   plan.chosen = lists.chosen;
   plan.num_rows = num_rows;
   plan.top_k = top_k;
   plan.num_experts = num_experts;
-  plan.tile_rows = tile_rows;
-  plan.num_jobs = most_tiles(num_rows, top_k, num_experts, tile_rows) + (joins ? 1 : 0);
+  plan.most_small = most_small_tiles(num_tasks, num_experts);
+  plan.most_large = num_rows > kSmallTile ? most_large_tiles(num_tasks, num_rows) : 0;
+  plan.gated = num_rows <= kGatedRows;
   plan.experts = static_cast<const expert_parts*>(table->memory.get());
   plan.x = input.data;
   plan.gate = gate;
@@ -178,6 +181,7 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
   plan.task_rows = lists.task_rows;
   plan.expert_rows = lists.expert_rows;
   plan.jobs = lists.jobs;
+  plan.num_used = lists.num_used;
   mixture_router router;
   router.x = as_bf16(x);
   router.w = w.router;
@@ -196,29 +200,40 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
     gpu_.check(cudaMemsetAsync(gate, 0, static_cast<std::size_t>(all_tasks) * width * 2, stream_),
                "clearing of rows");
   }
+  // Small tiles and large ones, in this order.
+  const auto multiply_tiles = [&](linear_args args, const linear_job* small,
+                                  const linear_job* large, std::int32_t jobs_of_tile,
+                                  const std::int32_t* num_used) {
+    args.job_cols = args.w.num_rows;
+    args.jobs = small;
+    args.num_jobs = jobs_of_tile * plan.most_small;
+    args.num_used = num_used;
+    args.max_rows = std::min(num_rows, kSmallTile);
+    multiply(args);
+    if (plan.most_large > 0) {
+      args.jobs = large;
+      args.num_jobs = jobs_of_tile * plan.most_large;
+      args.num_used = num_used + 1;
+      args.max_rows = std::min(num_rows, kLargeTile);
+      multiply(args);
+    }
+  };
   linear_args args;
-  args.max_rows = std::min(num_rows, tile_rows);
   args.w = table->gate;
-  args.job_cols = inner;
-  args.jobs = plan.jobs;
-  args.gated = args.max_rows <= kGatedRows;
-  args.num_jobs = args.gated ? plan.num_jobs : 2 * plan.num_jobs;
+  args.gated = plan.gated;
   args.x_stride = input.stride;
   args.out_stride = width;
-  multiply(args);
-  if (!args.gated) {
+  multiply_tiles(args, plan.small_gates(), plan.large_gates(), plan.gated ? 1 : 2, plan.num_used);
+  if (!plan.gated) {
     const rows_of_bf16 middle{gate, all_tasks, inner, width};
     launch_swiglu(stream_, middle, {up, all_tasks, inner, width}, middle);
     launched("swiglu of experts");
   }
-  args.gated = false;
   args.w = table->down;
-  args.job_cols = table->down.num_rows;
-  args.jobs = plan.jobs + 2 * plan.num_jobs;
-  args.num_jobs = plan.num_jobs;
+  args.gated = false;
   args.x_stride = width;
   args.out_stride = plan.out_stride;
-  multiply(args);
+  multiply_tiles(args, plan.small_downs(), plan.large_downs(), 1, plan.num_used + 2);
   const rows_view shared = w.shared != nullptr ? scratch.shared_out : rows_view{};
   launch_combine(stream_, as_bf16(scratch.expert_out), lists.expert_rows, lists.weights, top_k,
                  as_bf16(shared), as_bf16(out));

@@ -86,10 +86,10 @@ __device__ inline void expand_group(const uint4 (&words)[kWordsOfBlock<Type>], i
   }
 }
 
-/// 16 bytes that are read once.
-__device__ inline uint4 load_once(const uint4* from) {
+/// 16 bytes of the device's memory that another kernel may have written.
+__device__ inline uint4 load_row(const uint4* from) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from));
   return value;

@@ -108,6 +108,7 @@ __global__ void pack(weight_matrix w, packed_matrix to, std::int64_t count, std:
 __global__ void pack_rows(rows_of_bf16 x, const std::int32_t* slots, std::int32_t num_groups,
                           std::int64_t x_step, std::int32_t num_cols, std::int32_t num_col_groups,
                           uint4* out) {
+  follow();
   const std::int32_t i = blockIdx.y * kThreads + threadIdx.x;
   if (i >= 8 * num_col_groups) {
     return;
@@ -154,8 +155,8 @@ void launch_pack_rows(cudaStream_t stream, const rows_of_bf16& x, const std::int
                       std::int32_t num_cols, void* out) {
   const auto num_col_groups = ceil_div(num_cols, kBlockCols) * (kBlockCols / 32);
   const dim3 grid(num_groups, ceil_div(8 * num_col_groups, kThreads), num_jobs);
-  pack_rows<<<grid, kThreads, 0, stream>>>(x, slots, num_groups, x_step, num_cols, num_col_groups,
-                                           static_cast<uint4*>(out));
+  launch(stream, grid, kThreads, 0, pack_rows, x, slots, num_groups, x_step, num_cols,
+         num_col_groups, static_cast<uint4*>(out));
 }
 
 void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_matrix& to,

@@ -15,7 +15,7 @@ namespace {
 /// From so many rows on, packing them for the matrix unit of Hopper pays.
 constexpr std::int32_t kWideFrom = 33;
 
-/// Most rows of the kernel that reads weights straight into registers.
+/// Most rows of the kernel whose warps have their weights to themselves.
 constexpr std::int32_t kFewRows = 32;
 
 /// Product weights whose notes share a table.

@@ -4,57 +4,75 @@
 
 #include <cmath>
 
-#include "troupe/kernels/cuda/device.cuh"
+#include "troupe/kernels/cuda/mma.cuh"
 
 namespace troupe::kernels::cuda {
 
-/// The logit of one expert, by one warp, in float32 throughout: a tie may hang on it. Every lane
-/// gets it.
-__device__ inline float router_logit(const bf16* from, std::int32_t num_cols, const void* w,
-                                     bool is_float, bool is_aligned, std::int32_t expert) {
+/// The logits of one expert for kRows rows, which begin at `from`, by one warp, in float32
+/// throughout: a tie may hang on them. Every lane gets them.
+template <int kRows>
+__device__ inline void router_logits(const bf16* const (&from)[kRows], std::int32_t num_cols,
+                                     const void* w, bool is_float, bool is_aligned,
+                                     std::int32_t expert, float (&logits)[kRows]) {
   const auto first = std::int64_t{expert} * num_cols;
-  float dot = 0.0F;
+  const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
+  float dots[kRows] = {};
   if (!is_float && is_aligned) {
-    const auto* values = reinterpret_cast<const uint4*>(from);
     const auto* row_of_w = reinterpret_cast<const uint4*>(static_cast<const bf16*>(w) + first);
-#pragma unroll 4
-    for (std::int32_t k = threadIdx.x % 32; k < num_cols / 8; k += 32) {
-      const uint4 a = values[k];
+#pragma unroll 7
+    for (std::int32_t k = lane; k < num_cols / 8; k += 32) {
       const uint4 b = __ldg(row_of_w + k);
-      const std::uint32_t as[4] = {a.x, a.y, a.z, a.w};
       const std::uint32_t bs[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dot = fmaf(__uint_as_float(as[j] << 16), __uint_as_float(bs[j] << 16), dot);
-        dot = fmaf(__uint_as_float(as[j] & 0xFFFF0000U), __uint_as_float(bs[j] & 0xFFFF0000U), dot);
+      for (int row = 0; row < kRows; ++row) {
+        const uint4 a = load_row(reinterpret_cast<const uint4*>(from[row]) + k);
+        const std::uint32_t as[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          dots[row] = fmaf(__uint_as_float(as[j] << 16), __uint_as_float(bs[j] << 16), dots[row]);
+          dots[row] = fmaf(__uint_as_float(as[j] & 0xFFFF0000U),
+                           __uint_as_float(bs[j] & 0xFFFF0000U), dots[row]);
+        }
       }
     }
-    return warp_sum(dot);
+  } else {
+    for (std::int32_t k = lane; k < num_cols; k += 32) {
+      const float weight = is_float ? static_cast<const float*>(w)[first + k]
+                                    : __bfloat162float(static_cast<const bf16*>(w)[first + k]);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        dots[row] = fmaf(__bfloat162float(from[row][k]), weight, dots[row]);
+      }
+    }
   }
-  for (std::int32_t k = threadIdx.x % 32; k < num_cols; k += 32) {
-    const float weight = is_float ? static_cast<const float*>(w)[first + k]
-                                  : __bfloat162float(static_cast<const bf16*>(w)[first + k]);
-    dot = fmaf(__bfloat162float(from[k]), weight, dot);
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    logits[row] = warp_sum(dots[row]);
   }
-  return warp_sum(dot);
 }
 
-/// What a group is ranked by.
-__device__ inline float group_score(const float* scores, std::int32_t count, group_rank rank) {
+/// Rises with a number that is not NaN, and is above 0.
+__device__ inline std::uint32_t ascending(float value) {
+  const std::uint32_t bits = __float_as_uint(value + 0.0F); // minus zero is zero
+  return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
+}
+
+/// What a group is ranked by, which does not depend on where one begins.
+__device__ inline float group_score(const float* scores, std::int32_t count, std::int32_t begin,
+                                    group_rank rank) {
   float best = -INFINITY;
   float second = -INFINITY;
+  std::int32_t at = begin % count;
   for (std::int32_t i = 0; i < count; ++i) {
-    if (scores[i] > best) {
-      second = best;
-      best = scores[i];
-    } else if (scores[i] > second) {
-      second = scores[i];
-    }
+    const float score = scores[at];
+    second = fmaxf(second, fminf(best, score));
+    best = fmaxf(best, score);
+    at = at + 1 == count ? 0 : at + 1;
   }
   return count == 1 || rank == group_rank::best ? best : best + second;
 }
 
-/// Whether router_logit may read both in pieces of 16 bytes.
+/// Whether router_logits may read both in pieces of 16 bytes.
 inline bool rows_are_aligned(const rows_of_bf16& x, const void* w) {
   const auto addresses =
     reinterpret_cast<std::uintptr_t>(x.data) | reinterpret_cast<std::uintptr_t>(w);
@@ -79,14 +97,17 @@ __device__ inline void choose_of_row(const float* logits, const float* bias,
   const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
 
   float largest = -INFINITY;
+#pragma unroll 8
   for (std::int32_t e = lane; e < num_experts; e += 32) {
-    largest = fmaxf(largest, __ldcg(logits + e));
+    scores[e] = __ldcg(logits + e);
+    biased[e] = bias == nullptr ? 0.0F : __ldg(bias + e);
+    largest = fmaxf(largest, scores[e]);
   }
   largest = warp_max(largest);
   float sum = 0.0F;
   for (std::int32_t e = lane; e < num_experts; e += 32) {
-    scores[e] = params.score == router_score::sigmoid ? 1.0F / (1.0F + expf(-__ldcg(logits + e)))
-                                                      : expf(__ldcg(logits + e) - largest);
+    scores[e] = params.score == router_score::sigmoid ? 1.0F / (1.0F + expf(-scores[e]))
+                                                      : expf(scores[e] - largest);
     sum += scores[e];
   }
   sum = warp_sum(sum);
@@ -94,14 +115,15 @@ __device__ inline void choose_of_row(const float* logits, const float* bias,
     if (params.score == router_score::softmax) {
       scores[e] /= sum;
     }
-    const float score = bias == nullptr ? scores[e] : scores[e] + bias[e];
+    const float score = bias == nullptr ? scores[e] : scores[e] + biased[e];
     biased[e] = score == score ? score : -INFINITY;
     chosen[e] = 0.0F;
   }
   __syncwarp();
   if (params.num_groups_kept < params.num_groups) {
     for (std::int32_t g = lane; g < params.num_groups; g += 32) {
-      groups[g] = group_score(biased + g * group_size, group_size, params.rank);
+      // Lanes begin at different banks.
+      groups[g] = group_score(biased + g * group_size, group_size, lane, params.rank);
     }
     __syncwarp();
     for (std::int32_t e = lane; e < num_experts; e += 32) {
@@ -116,30 +138,30 @@ __device__ inline void choose_of_row(const float* logits, const float* bias,
     }
     __syncwarp();
   }
-  for (std::int32_t k = 0; k < params.top_k; ++k) {
-    float best = 0.0F;
-    std::int32_t at = num_experts; // of nobody
+  // A lane's best stays the best until it is taken.
+  std::uint32_t best = 0;
+  std::int32_t at = num_experts; // of nobody
+  const auto find_best = [&] {
+    best = 0;
+    at = num_experts;
     for (std::int32_t e = lane; e < num_experts; e += 32) {
-      if (chosen[e] == 0.0F && (at == num_experts || biased[e] > best)) {
-        best = biased[e];
+      const std::uint32_t rank = ascending(biased[e]);
+      if (chosen[e] == 0.0F && rank > best) {
+        best = rank;
         at = e;
       }
     }
-    for (int step = 16; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, best, step);
-      const std::int32_t other_at = __shfl_xor_sync(kAllLanes, at, step);
-      const bool other_valid = other_at < num_experts;
-      const bool better = at == num_experts || other > best || (other == best && other_at < at);
-      if (other_valid && better) {
-        best = other;
-        at = other_at;
-      }
-    }
-    if (lane == 0) {
+  };
+  find_best();
+  for (std::int32_t k = 0; k < params.top_k; ++k) {
+    const std::uint32_t top = __reduce_max_sync(kAllLanes, best);
+    const std::int32_t taken = __reduce_min_sync(kAllLanes, best == top ? at : num_experts);
+    if (at == taken) {
       chosen[at] = 1.0F;
+      find_best();
     }
-    __syncwarp();
   }
+  __syncwarp();
   std::int32_t count = 0;
   for (std::int32_t first = 0; first < num_experts; first += 32) {
     const bool mine = first + lane < num_experts && chosen[first + lane] != 0.0F;

@@ -290,14 +290,14 @@ __device__ std::int32_t choose(candidates& from, const device_sampling& params,
   return static_cast<std::int32_t>(select(from, target, false, memory));
 }
 
-/// The best token whose rank is above `after`, or nothing (all ones).
-__device__ count64 best_after(const float* logits, std::int32_t num_tokens, bool first,
-                              count64 after, count64* memory) {
+/// The best of the tokens first to last - 1 whose rank is above `after`, or nothing (all ones).
+__device__ count64 best_after(const float* logits, std::int32_t first, std::int32_t last,
+                              bool is_any, count64 after, count64* memory) {
   count64 best = ~count64{0};
-  for (std::int32_t t = threadIdx.x; t < num_tokens; t += kThreads) {
+  for (std::int32_t t = first + threadIdx.x; t < last; t += kThreads) {
     if (logits[t] == logits[t]) {
       const count64 rank = rank_of(logits[t], t);
-      if (first || rank > after) {
+      if (is_any || rank > after) {
         best = min(best, rank);
       }
     }
@@ -305,12 +305,39 @@ __device__ count64 best_after(const float* logits, std::int32_t num_tokens, bool
   return block_min(best, memory);
 }
 
+/// The logit of a rank of best_after.
+__device__ float logit_of(const float* logits, count64 rank) {
+  return rank == ~count64{0} ? -INFINITY : logits[static_cast<std::uint32_t>(rank)];
+}
+
+__global__ void __launch_bounds__(kThreads)
+  survey(const float* logits, std::int64_t stride, std::int32_t num_tokens, logit_survey* out) {
+  __shared__ count64 memory[32];
+  __shared__ double doubles[32];
+  follow();
+  logits += blockIdx.y * stride;
+  const auto part = static_cast<std::int64_t>(blockIdx.x);
+  const auto first = static_cast<std::int32_t>(num_tokens * part / kSurveys);
+  const auto last = static_cast<std::int32_t>(num_tokens * (part + 1) / kSurveys);
+  const count64 best = best_after(logits, first, last, true, 0, memory);
+  const float largest = logit_of(logits, best);
+  double powers = 0.0;
+  for (std::int32_t t = first + threadIdx.x; t < last; t += kThreads) {
+    // Where nothing is above -infinity, only NaN counts.
+    powers += expf(logits[t] - (largest > -INFINITY ? largest : 0.0F));
+  }
+  powers = block_sum_double(powers, doubles);
+  if (threadIdx.x == 0) {
+    out[blockIdx.y * kSurveys + part] = {best, powers};
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
   sample(const float* logits, std::int64_t stride, std::int32_t num_tokens,
-         const device_sampling* all_params, const std::int32_t* banned, float* all_allowed,
-         sampled_token* out) {
+         const device_sampling* all_params, const std::int32_t* banned, const logit_survey* surveys,
+         float* all_allowed, sampled_token* out) {
   __shared__ sampler_memory memory;
-  __shared__ double doubles[32];
+  follow();
   const device_sampling params = all_params[blockIdx.x];
   logits += blockIdx.x * stride;
   const float* allowed = logits;
@@ -331,19 +358,29 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const count64 nobody = ~count64{0};
-  const count64 top = best_after(logits, num_tokens, true, 0, memory.block);
-  const float largest = top == nobody ? -INFINITY : logits[static_cast<std::uint32_t>(top)];
-  double powers = 0.0;
-  for (std::int32_t t = threadIdx.x; t < num_tokens; t += kThreads) {
-    powers += expf(logits[t] - largest);
+  surveys += std::int64_t{blockIdx.x} * kSurveys;
+  count64 top = nobody;
+#pragma unroll
+  for (int i = 0; i < kSurveys; ++i) {
+    top = min(top, surveys[i].best);
   }
-  const double log_sum = log(block_sum_double(powers, doubles));
+  const float largest = logit_of(logits, top);
+  double log_sum = 0.0; // of the first thread
+  if (threadIdx.x < 32) {
+    const int part = threadIdx.x % kSurveys;
+    const float of_part = logit_of(logits, surveys[part].best);
+    const double mine = surveys[part].powers * exp(static_cast<double>(of_part) - largest);
+    for (int i = 0; i < kSurveys; ++i) {
+      log_sum += __shfl_sync(kAllLanes, mine, i);
+    }
+    log_sum = log(log_sum);
+  }
 
   std::int32_t token = params.target;
   if (token < 0) {
     const count64 first =
-      allowed == logits ? top : best_after(allowed, num_tokens, true, 0, memory.block);
-    const float best = first == nobody ? -INFINITY : allowed[static_cast<std::uint32_t>(first)];
+      allowed == logits ? top : best_after(allowed, 0, num_tokens, true, 0, memory.block);
+    const float best = logit_of(allowed, first);
     if (best == -INFINITY) {
       token = -1;
     } else if (!(params.temperature >= kGreedyTemperature) || isinf(best)) {
@@ -365,7 +402,7 @@ __global__ void __launch_bounds__(kThreads)
   count64 rank = 0;
   std::int32_t found = 0;
   for (; found < count; ++found) {
-    rank = best_after(logits, num_tokens, found == 0, rank, memory.block);
+    rank = best_after(logits, 0, num_tokens, found == 0, rank, memory.block);
     if (rank == nobody) {
       break;
     }
@@ -383,9 +420,12 @@ __global__ void __launch_bounds__(kThreads)
 
 void launch_sample(cudaStream_t stream, const float* logits, std::int64_t stride,
                    std::int32_t num_rows, std::int32_t num_tokens, const device_sampling* params,
-                   const std::int32_t* banned, float* allowed, sampled_token* out) {
-  sample<<<num_rows, kThreads, 0, stream>>>(logits, stride, num_tokens, params, banned, allowed,
-                                            out);
+                   const std::int32_t* banned, logit_survey* surveys, float* allowed,
+                   sampled_token* out) {
+  launch(stream, dim3(kSurveys, num_rows), kThreads, 0, survey, logits, stride, num_tokens,
+         surveys);
+  launch(stream, num_rows, kThreads, 0, sample, logits, stride, num_tokens, params, banned, surveys,
+         allowed, out);
 }
 
 } // namespace troupe::kernels::cuda
