@@ -277,7 +277,6 @@ void node_supervisor::child_exited(const child_exit& exit) {
   bool was_judged = c.watch && !c.watch->verdict().empty();
   policy::process_end end{exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
                           was_judged ? c.watch->judged() : exit.detected};
-  end.was_stuck = !exit.is_status_known || (!exit.signalled && exit.status == exit_device_stuck);
   auto now = std::chrono::steady_clock::now();
   if (!exit.is_gone) {
     c.is_ending = true;

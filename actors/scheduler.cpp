@@ -162,8 +162,9 @@ void scheduler::take_view(const proto::ClusterView& view) {
     return;
   if (view.epoch() != view_.epoch()) {
     serving_ = false;
-    auto end = clock().now() + schedule::fence_time;
-    if (view_.epoch() == 0 && step_base_ > first_step_base && has_gpus(plan_))
+    const bool on_gpus = has_gpus(plan_);
+    auto end = clock().now() + (on_gpus ? schedule::gpu_fence_time : schedule::fence_time);
+    if (view_.epoch() == 0 && step_base_ > first_step_base && on_gpus)
       policy_.fence_all(end); // what its predecessor sent may be in work
     else
       policy_.fence(end);

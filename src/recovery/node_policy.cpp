@@ -428,7 +428,7 @@ node_policy::effects node_policy::process_ending(const process_end& end, time_po
     return process_exited(end, now); // nobody takes the place of a standby
   if (w->replacing)
     return {}; // what it has may be too much beside what its successor is to have
-  w->ending.emplace(end.process, end.was_stuck || !end.verdict.empty());
+  w->ending.emplace(end.process, !end.verdict.empty());
   return process_lost(*w, end, now);
 }
 

@@ -96,10 +96,9 @@ public:
   /// How a process ends.
   struct process_end {
     std::string process;
-    std::string text;       ///< "killed by signal 9"
-    std::string verdict;    ///< why its pulse had it killed; empty: it died by itself
-    time_point detected;    ///< when that was seen
-    bool was_stuck = false; ///< its device may not stop for long
+    std::string text;    ///< "killed by signal 9"
+    std::string verdict; ///< why its pulse had it killed; empty: it died by itself
+    time_point detected; ///< when that was seen
   };
 
   /// `host`: where workers can be reached. `seed`: of the names given to memory, never the same.
@@ -152,7 +151,7 @@ private:
     bool gave_up = false;
     bool replacing = false; ///< killed because it is to run other actors
     std::map<std::string, bool>
-      ending;                ///< predecessors that are not gone yet, and if one was stuck
+      ending;                ///< predecessors that are not gone yet, and if one was killed as stuck
     bool awaits_end = false; ///< of those; it is not told what to run before
   };
   struct standby {

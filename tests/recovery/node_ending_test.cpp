@@ -112,11 +112,6 @@ TEST_CASE("on a GPU some are told what to run when their predecessor is gone") {
     n = running_on_gpu(1);
     n.end("node-0/worker-0#1", "no beat for 812 ms");
   }
-  SECTION("standbys, where it ended itself because its device was") {
-    n = running_on_gpu(1);
-    n.carry_out(
-      n.policy.process_ending({"node-0/worker-0#1", "exited with code 6", "", n.now, true}, n.now));
-  }
   if (told.empty()) {
     CHECK(n.done()
           == steps{"report node-0/worker-0#1 LOST", "report node-0/worker-0#2 STARTING",
@@ -126,6 +121,19 @@ TEST_CASE("on a GPU some are told what to run when their predecessor is gone") {
             "view to node-0/standby-0#1"};
   }
   CHECK(n.done() == told);
+  n.die("node-0/worker-0#1");
+  CHECK(n.done().empty());
+}
+
+TEST_CASE("a standby of one that has given its GPU up begins at once") {
+  auto n = running_on_gpu(1);
+  n.carry_out(
+    n.policy.process_ending({"node-0/worker-0#1", "exited with code 6", "", n.now}, n.now));
+  CHECK(n.done()
+        == steps{"report node-0/worker-0#1 LOST",
+                 "assign node-0/standby-0#1 as node-0/worker-0#2 replica-0/stage-0 on cuda:0",
+                 "view to node-0/standby-0#1", "report node-0/worker-0#2 STARTING",
+                 "start node-0/standby-1#1"});
   n.die("node-0/worker-0#1");
   CHECK(n.done().empty());
 }
