@@ -238,11 +238,13 @@ bool node_policy::needs_predecessor_gone(const worker& w, bool is_new_process) c
   if (w.ending.empty() || !w.view.plan().device().starts_with("cuda:"))
     return false;
   const auto& actors = w.view.plan().actors();
-  bool is_stage = std::any_of(actors.begin(), actors.end(),
-                              [](const auto& a) { return a.kind() == proto::STAGE; });
   bool was_stuck =
     std::any_of(w.ending.begin(), w.ending.end(), [](const auto& e) { return e.second; });
-  return is_new_process || (is_stage && (was_stuck || plan_.draft_tokens() > 0));
+  bool shares_memory = std::any_of(actors.begin(), actors.end(), [&](const auto& a) {
+    bool leaves_rows = a.index() + 1 < plan_.num_stages();
+    return a.kind() == proto::STAGE && (was_stuck || leaves_rows || plan_.draft_tokens() > 0);
+  });
+  return is_new_process || shares_memory;
 }
 
 /// The next incarnation: a standby where one is ready, else a new process.

@@ -34,10 +34,11 @@ namespace troupe::recovery {
 ///
 /// A process that ends computes no more some time before it is gone and what it had is free. In
 /// between, its successor is started, or a standby takes its place. What the successor is to run it
-/// is told at once, or, in three cases that concern a GPU, when the predecessor is gone: a new
+/// is told at once, or, in four cases that concern a GPU, when the predecessor is gone: a new
 /// process needs a part of the GPU's memory; with drafts, what the predecessor's last step still
 /// writes there (rows of drafts that were wrong) may differ from what the successor's next one
-/// writes to the same place; and who did not get on may not stop writing for long.
+/// writes to the same place; so may the rows that it leaves on the device for the next stage; and
+/// who did not get on may not stop writing for long.
 ///
 /// An error that no restart can cure leads to FAILED, too; only another assignment leads out of it.
 /// A worker that runs when other actors are assigned is killed first and begins when it is gone.

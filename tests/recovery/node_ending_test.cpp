@@ -108,6 +108,10 @@ TEST_CASE("on a GPU some are told what to run when their predecessor is gone") {
     n = running_on_gpu(1, 2);
     n.end("node-0/worker-0#1");
   }
+  SECTION("standbys, where another stage takes rows from the device") {
+    n = running_on_gpu(1, 0, 2);
+    n.end("node-0/worker-0#1");
+  }
   SECTION("standbys, where it was stuck") {
     n = running_on_gpu(1);
     n.end("node-0/worker-0#1", "no beat for 812 ms");

@@ -201,10 +201,12 @@ inline node running(std::uint32_t num_standbys = 0) {
 }
 
 /// The same, where worker 0 runs on a GPU.
-inline node running_on_gpu(std::uint32_t num_standbys, std::uint32_t draft_tokens = 0) {
+inline node running_on_gpu(std::uint32_t num_standbys, std::uint32_t draft_tokens = 0,
+                           std::uint32_t num_stages = 1) {
   node n;
   n.assignment.mutable_plan()->set_standbys(num_standbys);
   n.assignment.mutable_plan()->set_draft_tokens(draft_tokens);
+  n.assignment.mutable_plan()->set_num_stages(num_stages);
   n.plan(0, {0});
   auto* plan = n.assignment.mutable_known(0)->mutable_plan();
   plan->set_device("cuda:0");
