@@ -20,18 +20,20 @@ public:
   /// Gives pages back and leaves `pages` empty.
   void release(std::vector<std::int32_t>& pages);
 
-  /// From now on, pages that are given back rest: they are not free before `end_rest`.
-  void begin_rest() { is_resting_ = true; }
-  /// The same; those that are free rest, too.
-  void begin_rest_of_all();
+  /// Somebody may write to this page, which is taken, until `end_rest`: when it is given back it
+  /// rests, and is not free before.
+  void expose(std::int32_t page);
+  /// The same of all pages that are free now.
+  void expose_free();
   void end_rest();
-  bool is_resting() const { return is_resting_; }
   std::uint32_t num_resting() const { return static_cast<std::uint32_t>(resting_.size()); }
+  /// How many of these would be free if they were given back.
+  std::uint32_t num_freed_by(const std::vector<std::int32_t>& pages) const;
 
 private:
   std::vector<std::int32_t> free_; ///< used as a stack: the page freed last is the warmest
   std::vector<std::int32_t> resting_;
-  bool is_resting_ = false;
+  std::vector<bool> is_exposed_;
   std::vector<bool> is_free_; ///< or rests
 };
 

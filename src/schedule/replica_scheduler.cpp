@@ -101,7 +101,7 @@ struct replica_scheduler::state {
   bool preempt_younger_than(const sequence& s) {
     for (auto i = running.size(); i-- > 0 && running[i] != &s;) {
       auto& victim = *running[i];
-      if (victim.where != phase::ready)
+      if (victim.where != phase::ready || pool.num_freed_by(victim.pages) == 0)
         continue;
       running.erase(running.begin() + static_cast<std::ptrdiff_t>(i));
       pool.release(victim.pages);
@@ -122,7 +122,7 @@ struct replica_scheduler::state {
       return pages * lim.page_tokens - s.num_computed;
     };
     while (room() == 0)
-      if (pool.is_resting() || !preempt_younger_than(s))
+      if (!preempt_younger_than(s))
         return 0;
     const auto num_rows = static_cast<std::uint32_t>(std::min<std::uint64_t>(wanted, room()));
     for (auto n = pages_for(s.num_computed + num_rows); s.pages.size() < n;)
@@ -450,18 +450,27 @@ void replica_scheduler::expire(time_point now) {
 }
 
 void replica_scheduler::fence(time_point end) {
-  state_->fence_end = std::max(state_->fence_end, end);
-  state_->pool.begin_rest();
+  auto& st = *state_;
+  st.fence_end = std::max(st.fence_end, end);
+  for (const auto& f : st.in_flight)
+    for (const auto& slice : f->batch.sequences) {
+      const auto first = slice.first_position / st.lim.page_tokens;
+      const auto last = (slice.first_position + slice.num_rows - 1) / st.lim.page_tokens;
+      for (auto i = first; i <= last; ++i)
+        st.pool.expose(slice.pages[i]);
+    }
 }
 
 void replica_scheduler::fence_all(time_point end) {
   fence(end);
-  state_->pool.begin_rest_of_all();
+  state_->pool.expose_free();
 }
 
 void replica_scheduler::end_fence(time_point now) {
-  if (state_->pool.is_resting() && now >= state_->fence_end)
+  if (state_->fence_end != time_point{} && now >= state_->fence_end) {
+    state_->fence_end = {};
     state_->pool.end_rest();
+  }
 }
 
 void replica_scheduler::forget_kv() {

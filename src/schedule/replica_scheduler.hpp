@@ -37,8 +37,8 @@ struct counters {
 ///   for those of every sequence.
 /// - Where no page is free, the sequence admitted last gives up its pages and returns to the
 ///   head of the queue. Later its log is computed again, without events, and goes on.
-/// - Behind a fence, pages that are given back rest until it ends, since who was fenced may still
-///   write to them; nobody gives up pages, which would free none, and who lacks one waits.
+/// - Behind a fence, pages that a step in flight writes to rest until it ends when they are given
+///   back, since who was fenced may still write to them.
 class replica_scheduler {
 public:
   explicit replica_scheduler(limits l);

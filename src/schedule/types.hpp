@@ -116,7 +116,7 @@ inline constexpr std::chrono::milliseconds fence_time{250};
 /// The same on GPUs: the step is over when it is computed, or when the driver has cleared the
 /// process away, whatever is first. On H200s that takes 50 to 60 ms as a rule, 250 after an illegal
 /// access, 370 with two of them.
-inline constexpr std::chrono::milliseconds gpu_fence_time{1000};
+inline constexpr std::chrono::milliseconds gpu_fence_time{600};
 
 /// Limits of one replica, all at least one.
 struct limits {

@@ -28,37 +28,36 @@ TEST_CASE("a page pool hands out every page once and takes them back") {
   CHECK(again == std::set<std::int32_t>{pages[1], pages[3]});
 }
 
-TEST_CASE("pages that are given back during a rest are free behind it") {
+TEST_CASE("exposed pages that are given back rest, others are free at once") {
   page_pool pool{4};
-  std::vector<std::int32_t> first{pool.take()};
-  std::vector<std::int32_t> second{pool.take()};
-  pool.begin_rest();
+  std::vector<std::int32_t> first{pool.take(), pool.take()};
+  pool.expose(first[0]);
+  CHECK(pool.num_freed_by(first) == 1);
+  const auto exposed = first[0];
+  const auto other = first[1];
   pool.release(first);
-  CHECK(pool.num_free() == 2);
+  CHECK(pool.num_free() == 3);
   CHECK(pool.num_resting() == 1);
-  pool.take();
-  pool.take();
+  CHECK(pool.take() == other);
+  for (int i = 0; i < 2; ++i)
+    CHECK(pool.take() != exposed);
   CHECK(pool.num_free() == 0);
-  pool.begin_rest_of_all(); // once more
-  pool.release(second);
-  CHECK(pool.num_resting() == 2);
   pool.end_rest();
-  CHECK(pool.num_free() == 2);
   CHECK(pool.num_resting() == 0);
-  CHECK_FALSE(pool.is_resting());
-  std::vector<std::int32_t> third{pool.take()};
-  pool.release(third);
-  CHECK(pool.num_free() == 2);
+  CHECK(pool.take() == exposed);
+  std::vector<std::int32_t> again{exposed};
+  pool.release(again); // the rest is over
+  CHECK(pool.num_free() == 1);
 }
 
-TEST_CASE("a rest of all pages leaves none to hand out") {
+TEST_CASE("when all free pages are exposed, none is left to hand out") {
   page_pool pool{3};
   std::vector<std::int32_t> taken{pool.take()};
-  pool.begin_rest_of_all();
+  pool.expose_free();
   CHECK(pool.num_free() == 0);
   CHECK(pool.num_resting() == 2);
   pool.release(taken);
-  pool.begin_rest_of_all();
+  pool.expose_free();
   CHECK(pool.num_resting() == 3);
   pool.end_rest();
   CHECK(pool.num_free() == 3);
