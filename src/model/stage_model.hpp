@@ -34,8 +34,8 @@ struct stage_input {
   std::span<const std::int32_t> tokens; ///< [rows], first stage only
   const void* hidden = nullptr; ///< other stages: dense host memory [rows, hidden], activation type
   /// In place of `hidden`, where rows lie on a device: brings them to the device memory given, and
-  /// sees to it that they are finite. What it fails with, `forward` fails with, and nothing has been
-  /// computed.
+  /// sees to it that they are finite. What it fails with, `forward` fails with, and nothing has
+  /// been computed.
   const std::function<expected<void>(const kernels::rows_view&)>* fetch = nullptr;
   kernels::batch_view batch;
   expert_exchange* experts = nullptr; ///< null: the stage's own

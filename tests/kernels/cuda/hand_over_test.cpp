@@ -113,7 +113,8 @@ TEST_CASE("a value that is not finite is found on its way, wherever it is") {
   }
 }
 
-TEST_CASE("rows that make room for others while they are read are never taken for what they were") {
+TEST_CASE("rows that make room for others while they are read are never taken for what they were",
+          "[together]") {
   if (gpu() == nullptr) {
     return;
   }
