@@ -171,15 +171,16 @@ private:
 /// A router that is nearly tied decides otherwise with activations of bfloat16, which moves one
 /// position far; dense models have no such positions. The models of odd shapes have steep logits:
 /// they are here for the bits.
-void check_deviations(const std::string& name, std::vector<double>& deviations, bool is_odd) {
+void check_deviations(const std::string& name, std::vector<double>& deviations, double usual_limit,
+                      double most_limit) {
   const double median = test::quantile(deviations, 0.5);
   const double most = test::quantile(deviations, 0.9);
   char line[120];
   std::snprintf(line, sizeof(line), "%s: off by %.3f (median), %.3f (90 %%), %.2f (most)",
                 name.c_str(), median, most, test::quantile(deviations, 1.0));
   WARN(line);
-  CHECK(median < (is_odd ? 2e-1 : 3e-2));
-  CHECK(most < (is_odd ? 1.0 : 1e-1));
+  CHECK(median < usual_limit);
+  CHECK(most < most_limit);
 }
 
 } // namespace
@@ -211,7 +212,8 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
         CHECK(gpu()->num_repeated_steps() > repeated); // rows that came one by one
       }
     }
-    check_deviations(name, deviations, name.starts_with("shapes/"));
+    const bool is_odd = name.starts_with("shapes/");
+    check_deviations(name, deviations, is_odd ? 2e-1 : 3e-2, is_odd ? 1.0 : 1e-1);
   }
   CHECK(gpu()->failure().empty());
 }
@@ -288,7 +290,9 @@ TEST_CASE("stages on two and four ranks: golden values, the same bits in any chu
           for (const std::int32_t chunk : {1, 7, 64})
             CHECK(same_bits(model.score(tokens, chunk), whole));
       }
-      check_deviations(name + " on " + std::to_string(num_ranks) + " ranks", deviations, false);
+      // Each rank rounds its parts of the sums.
+      check_deviations(name + " on " + std::to_string(num_ranks) + " ranks", deviations, 4e-2,
+                       1.3e-1);
     }
     CHECK(ranks.num_repeated_steps() > 0);
     check_conversations(ranks.all);
