@@ -16,22 +16,9 @@ std::int32_t number(std::uint32_t value) {
   return static_cast<std::int32_t>(value);
 }
 
-/// The same numbers that a worker loads a stage with.
-model::stage_options options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
-                                const model::model_config& model) {
-  model::stage_options options;
-  options.first_layer = number(stage.first_layer());
-  options.end_layer = number(stage.end_layer());
-  options.max_rows = number(plan.max_batch_tokens());
-  options.with_local_experts = plan.num_expert_groups() == 0;
-  if (options.end_layer == model.num_layers)
-    options.max_drafts = number(plan.draft_tokens());
-  return options;
-}
-
 placement::device_need need_of_stage(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
                                      const model::model_config& model) {
-  const auto options = options_of(stage, plan, model);
+  const auto options = stage_options_of(stage, plan, model);
   model::model_part part;
   part.first_layer = options.first_layer;
   part.end_layer = options.end_layer;
@@ -66,6 +53,19 @@ placement::device_need need_of_experts(const proto::ActorPlan& group,
 }
 
 } // namespace
+
+model::stage_options stage_options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
+                                      const model::model_config& model) {
+  model::stage_options options;
+  options.first_layer = number(stage.first_layer());
+  options.end_layer = number(stage.end_layer());
+  options.max_rows = number(plan.max_batch_tokens());
+  options.with_local_experts = plan.num_expert_groups() == 0;
+  options.checks_finite = !plan.unprotected();
+  if (options.end_layer == model.num_layers)
+    options.max_drafts = number(plan.draft_tokens());
+  return options;
+}
 
 placement::device_need
 device_need_of(const google::protobuf::RepeatedPtrField<proto::ActorPlan>& actors,

@@ -2,6 +2,7 @@
 
 #include "troupe/base/error.hpp"
 #include "troupe/model/model_config.hpp"
+#include "troupe/model/stage_model.hpp"
 #include "troupe/placement/device_budget.hpp"
 #include "cluster.pb.h"
 
@@ -12,6 +13,10 @@
 #include <vector>
 
 namespace troupe::actors {
+
+/// What a worker loads a stage with.
+model::stage_options stage_options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
+                                      const model::model_config& model);
 
 /// What these actors need of the GPU that they are on, or of each of those that compute them
 /// together; contexts are not counted.

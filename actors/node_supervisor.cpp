@@ -1,6 +1,5 @@
 #include "troupe/actors/node_supervisor.hpp"
 
-#include "troupe/actors/device_watch.hpp"
 #include "troupe/actors/dial.hpp"
 #include "troupe/actors/runtime.hpp"
 #include "troupe/base/fault_point.hpp"

@@ -117,14 +117,7 @@ struct loader {
     if (!pulsing)
       return tl::unexpected(pulsing.error());
     s.pulse = std::move(*pulsing);
-    model::stage_options options;
-    options.first_layer = static_cast<std::int32_t>(actor.first_layer());
-    options.end_layer = static_cast<std::int32_t>(actor.end_layer());
-    options.max_rows = static_cast<std::int32_t>(plan().max_batch_tokens());
-    options.with_local_experts = plan().num_expert_groups() == 0;
-    options.checks_finite = !plan().unprotected();
-    if (options.end_layer == config.num_layers)
-      options.max_drafts = static_cast<std::int32_t>(plan().draft_tokens());
+    const auto options = stage_options_of(actor, plan(), config);
     if (auto loaded = load_ranks(s, options); !loaded)
       return loaded;
     if (auto attached = gpus.empty() ? attach_kv(s) : map_kv(s); !attached)

@@ -6,6 +6,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "troupe/kernels/cuda/runtime_error.hpp"
+
 namespace troupe::kernels::cuda {
 
 namespace {
@@ -89,16 +91,6 @@ bool check(CUresult status, std::int32_t device, const char* what, std::string& 
   return false;
 }
 
-bool check(cudaError_t status, std::int32_t device, const char* what, std::string& error) {
-  if (status == cudaSuccess) {
-    return true;
-  }
-  cudaGetLastError();
-  error = "cuda:" + std::to_string(device) + ": " + what + ": " + cudaGetErrorName(status) + ": "
-          + cudaGetErrorString(status);
-  return false;
-}
-
 } // namespace
 
 std::shared_ptr<std::byte> make_peer_memory(std::int32_t owner,
@@ -108,7 +100,8 @@ std::shared_ptr<std::byte> make_peer_memory(std::int32_t owner,
   for (const std::int32_t device : devices) {
     int reaches = 1;
     if (device != owner
-        && !check(cudaDeviceCanAccessPeer(&reaches, device, owner), device, "peer access", error)) {
+        && !succeeded(cudaDeviceCanAccessPeer(&reaches, device, owner), device, "peer access",
+                      error)) {
       return nullptr;
     }
     if (reaches == 0) {
@@ -123,7 +116,7 @@ std::shared_ptr<std::byte> make_peer_memory(std::int32_t owner,
     }
   }
   // The runtime makes the contexts that the driver's functions need.
-  if (!check(cudaSetDevice(owner), owner, "cudaSetDevice", error)) {
+  if (!succeeded(cudaSetDevice(owner), owner, "cudaSetDevice", error)) {
     return nullptr;
   }
   const auto& calls = the_driver();
@@ -158,8 +151,8 @@ std::shared_ptr<std::byte> make_peer_memory(std::int32_t owner,
     return nullptr;
   }
   auto* const at = reinterpret_cast<std::byte*>(result->address);
-  if (!check(cudaMemset(at, 0, result->size), owner, "clearing peer memory", error)
-      || !check(cudaDeviceSynchronize(), owner, "clearing peer memory", error)) {
+  if (!succeeded(cudaMemset(at, 0, result->size), owner, "clearing peer memory", error)
+      || !succeeded(cudaDeviceSynchronize(), owner, "clearing peer memory", error)) {
     return nullptr;
   }
   return {result, at};

@@ -4,22 +4,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include "troupe/kernels/cuda/runtime_error.hpp"
+
 namespace troupe::kernels::cuda {
 
 namespace {
 
 /// The driver cuts smaller pieces from blocks of this size, and a handle shares the whole block.
 constexpr std::size_t kShared = std::size_t{2} << 20;
-
-bool check(cudaError_t status, std::int32_t device, const char* what, std::string& error) {
-  if (status == cudaSuccess) {
-    return true;
-  }
-  cudaGetLastError();
-  error = "cuda:" + std::to_string(device) + ": " + what + ": " + cudaGetErrorName(status) + ": "
-          + cudaGetErrorString(status);
-  return false;
-}
 
 } // namespace
 
@@ -28,10 +20,10 @@ exported_memory export_memory(std::int32_t device, std::size_t bytes, std::strin
   bytes = (bytes + kShared - 1) / kShared * kShared;
   void* memory = nullptr;
   cudaIpcMemHandle_t handle;
-  if (!check(cudaSetDevice(device), device, "cudaSetDevice", error)) {
+  if (!succeeded(cudaSetDevice(device), device, "cudaSetDevice", error)) {
     return result;
   }
-  if (!check(cudaMalloc(&memory, bytes), device, "cudaMalloc", error)) {
+  if (!succeeded(cudaMalloc(&memory, bytes), device, "cudaMalloc", error)) {
     std::size_t free_bytes = 0;
     std::size_t total_bytes = 0;
     if (cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess) {
@@ -44,9 +36,9 @@ exported_memory export_memory(std::int32_t device, std::size_t bytes, std::strin
     cudaSetDevice(device);
     cudaFree(at);
   });
-  if (!check(cudaMemset(memory, 0, bytes), device, "cudaMemset", error)
-      || !check(cudaDeviceSynchronize(), device, "clearing memory", error)
-      || !check(cudaIpcGetMemHandle(&handle, memory), device, "cudaIpcGetMemHandle", error)) {
+  if (!succeeded(cudaMemset(memory, 0, bytes), device, "cudaMemset", error)
+      || !succeeded(cudaDeviceSynchronize(), device, "clearing memory", error)
+      || !succeeded(cudaIpcGetMemHandle(&handle, memory), device, "cudaIpcGetMemHandle", error)) {
     return result;
   }
   result.memory = owned;
@@ -64,9 +56,9 @@ std::shared_ptr<void> import_memory(std::int32_t device, const std::string& hand
   }
   std::memcpy(&wanted, handle.data(), sizeof(wanted));
   void* memory = nullptr;
-  if (!check(cudaSetDevice(device), device, "cudaSetDevice", error)
-      || !check(cudaIpcOpenMemHandle(&memory, wanted, cudaIpcMemLazyEnablePeerAccess), device,
-                "cudaIpcOpenMemHandle", error)) {
+  if (!succeeded(cudaSetDevice(device), device, "cudaSetDevice", error)
+      || !succeeded(cudaIpcOpenMemHandle(&memory, wanted, cudaIpcMemLazyEnablePeerAccess), device,
+                    "cudaIpcOpenMemHandle", error)) {
     return nullptr;
   }
   return {memory, [device](void* at) {

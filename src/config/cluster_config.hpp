@@ -15,7 +15,7 @@ namespace troupe::config {
 
 enum class device_kind : std::uint8_t { cpu, cuda };
 
-/// One thing that computes; it becomes one worker process.
+/// One thing that computes. A worker process has one, or parallel.tensor of them.
 struct device {
   device_kind kind = device_kind::cpu;
   std::uint32_t index = 0; ///< cuda: the GPU's number; cpu: the place in the node's list
