@@ -1,7 +1,9 @@
 #include "troupe/transport/endpoint.hpp"
 
 #include "troupe/base/fault_point.hpp"
+#include "troupe/transport/address.hpp"
 #include "troupe/transport/checksum.hpp"
+#include "troupe/transport/doorbell.hpp"
 #include "troupe/transport/inbox.hpp"
 #include "troupe/transport/injected_sends.hpp"
 #include "troupe/transport/peer_table.hpp"
@@ -98,10 +100,14 @@ std::vector<std::pair<std::string, std::string>> required_environment() {
 
 /// UCX's worker, and who calls it: one thread at a time, the holder of `driving_`. That is the
 /// progress thread unless
-///   - another one waits in `drive`: then that one hears what arrives, and the progress thread,
-///     which stops watching UCX's descriptor, only carries out commands; or
-///   - another one sends while nobody holds `driving_`: then it hands the frame to UCX itself.
+///   - another one waits in `drive`: then that one hears what arrives, and the progress thread only
+///     carries out commands; or
+///   - another one sends while nobody holds `driving_`: then it sends the frame itself.
 /// Nobody holds it while asleep. Either way a frame costs one thread less to be woken, at each end.
+///
+/// Neighbours ring for whoever sleeps (doorbell.hpp). UCX's descriptor is watched by who drives,
+/// too, but where all peers are neighbours: then UCX tells of deaths alone, the progress thread
+/// watches for them, and a driver makes no system call for UCX's sake.
 class endpoint::engine {
 public:
   engine(endpoint_options options, endpoint_callbacks callbacks)
@@ -127,10 +133,11 @@ public:
 private:
   struct communication {
     communication(ucx_worker opened, inbox::options receiving, buffer_pool pool,
-                  const proto::FrameHeader& own, peer_table::lost_callback on_lost)
+                  const proto::FrameHeader& own, const proto::HostPlace* place,
+                  peer_table::lost_callback on_lost)
       : worker(std::move(opened)),
         in(std::move(receiving), std::move(pool)),
-        peers(worker, in, own, std::move(on_lost)) {}
+        peers(worker, in, own, place, std::move(on_lost)) {}
     // UCX may still call back into the others while its worker is destroyed.
     ~communication() { worker.close(); }
 
@@ -139,15 +146,23 @@ private:
     peer_table peers;
   };
 
-  /// What a thread sleeps on: UCX's descriptor, and one that others write to.
+  /// What a thread sleeps on: UCX's descriptor, one that others write to, and neighbours.
   struct sleeping_place {
     descriptor poll{::epoll_create1(EPOLL_CLOEXEC)};
     descriptor wake{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    int network = -1;    ///< UCX's
+    bool watches = true; ///< and is woken by it
+    int bell = -1;
 
+    /// Makes ready what was set.
+    expected<void> prepare();
+    /// Stops or begins to be woken by UCX.
+    void watch_network(bool wakes);
+    /// True if UCX may have something to do.
+    bool sleep(std::chrono::milliseconds limit);
+
+  private:
     expected<void> add(int fd);
-    /// Stops or begins to be woken by a descriptor that was added.
-    void watch(int fd, bool wakes);
-    void sleep(std::chrono::milliseconds limit);
   };
 
   /// Holds `driving_` and says who does, for callbacks that post.
@@ -195,6 +210,10 @@ private:
   void serve(communication& with);
   bool shut_down(communication& with);
   bool step(communication& with);
+  bool step_network(communication& with);
+  bool rest(communication& with, listener who);
+  bool rest_network(communication& with);
+  void sleep_in_background(std::chrono::milliseconds limit);
   bool execute_commands(communication& with);
   void execute(communication& with, command& next);
   void send_injected(communication& with);
@@ -207,13 +226,17 @@ private:
   const endpoint_callbacks callbacks_;
   sleeping_place background_; ///< of the progress thread
   sleeping_place foreground_; ///< of who is in `drive`
-  std::string address_;       // this and the next: set before start() returns
+  std::optional<doorbell> bell_; ///< none: frames go by UCX alone
+  std::string address_;          // this and the next: set before start() returns
   std::size_t max_header_ = 0;
 
   std::mutex driving_;
   std::atomic<std::thread::id> driver_{}; ///< who holds driving_
   std::atomic<bool> is_driven_{false};    ///< somebody is in `drive`
-  communication* with_ = nullptr;         // guarded by driving_; null before start and after stop
+  /// UCX may have something to do: it was used, or its descriptor said so.
+  std::atomic<bool> network_is_due_{true};
+  bool network_is_driven_ = false; // guarded by driving_: who is in `drive` watches UCX
+  communication* with_ = nullptr;  // guarded by driving_; null before start and after stop
   std::vector<command> executing_;        // guarded by driving_
   injected_sends injected_;               // guarded by driving_
 
@@ -276,17 +299,27 @@ expected<std::unique_ptr<endpoint::engine::communication>> endpoint::engine::ope
   receiving.checksums = options_.checksums;
   receiving.on_frame = callbacks_.on_frame;
   receiving.on_dropped = callbacks_.on_dropped;
+  if (options_.rings) {
+    if (auto bell = doorbell::open())
+      bell_.emplace(std::move(*bell));
+    else
+      spdlog::warn("transport: no shared memory with other processes: {}", bell.error().text());
+  }
   const auto own = own_header();
-  auto result = std::make_unique<communication>(std::move(*worker), std::move(receiving), pool, own,
-                                                callbacks_.on_peer_lost);
+  auto result =
+    std::make_unique<communication>(std::move(*worker), std::move(receiving), pool, own,
+                                    bell_ ? &bell_->place() : nullptr, callbacks_.on_peer_lost);
   if (auto done = result->in.listen(result->worker.get()); !done)
     return tl::unexpected(std::move(done).error());
   if (auto done = result->peers.listen(); !done)
     return tl::unexpected(std::move(done).error());
-  for (auto* place : {&background_, &foreground_})
-    for (const int fd : {result->worker.event_fd(), place->wake.get()})
-      if (auto done = place->add(fd); !done)
-        return tl::unexpected(std::move(done).error());
+  for (auto* place : {&background_, &foreground_}) {
+    place->network = result->worker.event_fd();
+    if (bell_)
+      place->bell = bell_->fd(place == &background_ ? listener::background : listener::foreground);
+    if (auto done = place->prepare(); !done)
+      return tl::unexpected(std::move(done).error());
+  }
   return result;
 }
 
@@ -299,20 +332,40 @@ expected<void> endpoint::engine::sleeping_place::add(int fd) {
   return {};
 }
 
-void endpoint::engine::sleeping_place::watch(int fd, bool wakes) {
+expected<void> endpoint::engine::sleeping_place::prepare() {
+  for (const int fd : {network, wake.get(), bell})
+    if (fd >= 0)
+      if (auto done = add(fd); !done)
+        return done;
+  return {};
+}
+
+void endpoint::engine::sleeping_place::watch_network(bool wakes) {
+  if (wakes == watches)
+    return;
+  watches = wakes;
   epoll_event event{};
   event.events = wakes ? EPOLLIN : 0U;
-  event.data.fd = fd;
-  if (::epoll_ctl(poll.get(), EPOLL_CTL_MOD, fd, &event) != 0)
+  event.data.fd = network;
+  if (::epoll_ctl(poll.get(), EPOLL_CTL_MOD, network, &event) != 0)
     spdlog::error("transport: {}", system_failure("watching an event descriptor").value().text());
 }
 
-void endpoint::engine::sleeping_place::sleep(std::chrono::milliseconds limit) {
-  epoll_event events[2];
-  ::epoll_wait(poll.get(), events, 2, static_cast<int>(std::max<std::int64_t>(limit.count(), 0)));
-  std::uint64_t count = 0;
-  // Empty unless somebody woke this thread, which is no error.
-  [[maybe_unused]] const auto size = ::read(wake.get(), &count, sizeof count);
+bool endpoint::engine::sleeping_place::sleep(std::chrono::milliseconds limit) {
+  epoll_event events[3];
+  const int count =
+    ::epoll_wait(poll.get(), events, 3, static_cast<int>(std::max<std::int64_t>(limit.count(), 0)));
+  bool network_spoke = count <= 0; // nothing in so long is looked into
+  for (int i = 0; i < count; ++i) {
+    const int fd = events[i].data.fd;
+    network_spoke |= fd == network;
+    // Who woke this thread has done so, however often.
+    std::byte rings[64];
+    if (fd == wake.get() || fd == bell)
+      while (::read(fd, rings, sizeof rings) == sizeof rings) {
+      }
+  }
+  return network_spoke;
 }
 
 void endpoint::engine::run(std::promise<expected<void>> started) {
@@ -322,7 +375,11 @@ void endpoint::engine::run(std::promise<expected<void>> started) {
     return;
   }
   auto& with = **opened;
-  address_ = with.worker.address();
+  proto::TransportAddress address;
+  address.set_ucx(with.worker.address());
+  if (bell_)
+    *address.mutable_place() = bell_->place();
+  address_ = write_address(address);
   max_header_ = with.worker.max_header();
   {
     driver_lock lock{*this};
@@ -334,7 +391,7 @@ void endpoint::engine::run(std::promise<expected<void>> started) {
   interrupt();
   driver_lock lock{*this};
   with_ = nullptr;
-  background_.watch(with.worker.event_fd(), true);
+  background_.watch_network(true);
   if (!shut_down(with)) {
     // UCX 1.13 aborts the process where a worker with cancelled transfers or unanswered
     // handshakes is destroyed. Its peers know already; the rest ends with the process.
@@ -348,7 +405,6 @@ bool endpoint::engine::is_stopping() {
   return stopping_;
 }
 
-/// Arming comes last: an event after it wakes the thread, one before it makes arming fail.
 void endpoint::engine::serve(communication& with) {
   const auto spin = std::min(options_.spin, max_spin);
   auto last_event = clock::now();
@@ -357,11 +413,18 @@ void endpoint::engine::serve(communication& with) {
     {
       driver_lock lock{*this};
       if (is_driven_) {
-        if (execute_commands(with)) {
+        bool busy = execute_commands(with);
+        if (!network_is_driven_)
+          busy |= step_network(with) | with.peers.settle();
+        if (busy) {
           interrupt(); // it may be what the driver waits for, or wants to be looked after
           continue;
         }
+        if (!network_is_driven_ && !rest_network(with))
+          continue;
       } else {
+        if (bell_)
+          bell_->hush();
         if (step(with)) {
           if (spin.count() > 0)
             last_event = clock::now();
@@ -369,13 +432,18 @@ void endpoint::engine::serve(communication& with) {
         }
         if (spin.count() > 0 && clock::now() - last_event < spin)
           continue;
-        if (!with.worker.arm())
+        if (!rest(with, listener::background))
           continue;
         limit = longest_sleep_of(with);
       }
     }
-    background_.sleep(limit);
+    sleep_in_background(limit);
   }
+}
+
+void endpoint::engine::sleep_in_background(std::chrono::milliseconds limit) {
+  if (background_.sleep(limit))
+    network_is_due_ = true;
 }
 
 bool endpoint::engine::drive(const std::function<bool()>& done, clock::time_point deadline) {
@@ -392,28 +460,38 @@ void endpoint::engine::drive_until(driver_lock& lock, const std::function<bool()
                                    clock::time_point deadline) {
   if (with_ == nullptr)
     return;
-  background_.watch(with_->worker.event_fd(), false);
+  network_is_driven_ = !bell_ || with_->peers.needs_network();
+  foreground_.watch_network(network_is_driven_);
+  background_.watch_network(!network_is_driven_);
   while (!done()) {
     const bool is_busy = step(*with_);
     const auto now = clock::now();
     if (now >= deadline || is_stopping())
       break;
-    if (is_busy || !with_->worker.arm())
+    if (is_busy || !rest(*with_, listener::foreground))
       continue;
     const auto limit = std::min(longest_sleep_of(*with_),
                                 std::chrono::ceil<std::chrono::milliseconds>(
                                   std::min<clock::duration>(deadline - now, longest_sleep)));
     lock.unlock();
-    foreground_.sleep(limit);
+    const bool network_spoke = foreground_.sleep(limit);
     lock.lock();
     if (with_ == nullptr)
       return;
+    if (network_spoke)
+      network_is_due_ = true;
+    if (bell_)
+      bell_->hush();
   }
   while (execute_commands(*with_)) {
   }
   // The progress thread sleeps: what comes from now on wakes it, and so does what came before.
-  const bool is_quiet = with_->worker.arm();
-  background_.watch(with_->worker.event_fd(), true);
+  bool is_quiet = rest(*with_, listener::background);
+  if (!is_quiet) {
+    step(*with_);
+    is_quiet = rest(*with_, listener::background);
+  }
+  background_.watch_network(true);
   if (!is_quiet || longest_sleep_of(*with_) != longest_sleep)
     ::eventfd_write(background_.wake.get(), 1);
 }
@@ -427,8 +505,8 @@ void endpoint::engine::interrupt() {
 bool endpoint::engine::shut_down(communication& with) {
   const auto work_until = [&](clock::time_point deadline, auto&& finished) {
     while (!finished() && clock::now() < deadline)
-      if (!step(with) && with.worker.arm())
-        background_.sleep(longest_sleep_of(with));
+      if (!step(with) && rest(with, listener::background))
+        sleep_in_background(longest_sleep_of(with));
   };
   clock::time_point deadline;
   {
@@ -461,9 +539,39 @@ bool endpoint::engine::step(communication& with) {
     injected_.release_due(clock::now());
     send_injected(with);
   }
-  busy |= with.worker.progress();
+  busy |= step_network(with);
+  busy |= with.peers.move_rings();
   busy |= with.peers.settle();
   return busy;
+}
+
+bool endpoint::engine::step_network(communication& with) {
+  if (with.peers.take_ucx_use())
+    network_is_due_ = true;
+  return network_is_due_ && with.worker.progress();
+}
+
+/// Before `who` goes to sleep, last of all: what comes after it wakes the sleeper. False: something
+/// came before.
+bool endpoint::engine::rest(communication& with, listener who) {
+  if (!rest_network(with))
+    return false;
+  if (!bell_)
+    return true;
+  bell_->listen(who);
+  if (!with.peers.has_ring_input())
+    return true;
+  bell_->hush();
+  return false;
+}
+
+bool endpoint::engine::rest_network(communication& with) {
+  if (with.peers.take_ucx_use())
+    network_is_due_ = true;
+  if (!network_is_due_.exchange(false) || with.worker.arm())
+    return true;
+  network_is_due_ = true;
+  return false;
 }
 
 bool endpoint::engine::execute_commands(communication& with) {

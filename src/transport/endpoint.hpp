@@ -27,11 +27,13 @@ struct endpoint_options {
   std::uint64_t incarnation = 0; ///< higher for each process that bears the name
   std::string interface = "lo";  ///< network devices, as in UCX_NET_DEVICES; empty: all
   /// As in UCX_TLS. UCX's shared memory (posix, sysv) cannot report the death of
-  /// a peer and does not work here. "tcp,self" where CMA is forbidden (ptrace policy).
+  /// a peer and does not work here: between processes of a host frames go through rings of our own
+  /// instead, and UCX tells of deaths. "tcp,self" where CMA is forbidden (ptrace policy).
   std::string transports = "tcp,cma,self";
   std::size_t max_payload = std::size_t{256} << 20;      ///< of one frame, either way
   std::size_t max_cached_bytes = std::size_t{512} << 20; ///< idle memory of the pool
   bool checksums = true;                                 ///< compute on send, verify on arrival
+  bool rings = true; ///< frames to processes of the same host and user go through shared memory
   /// Poll this long after the last event before sleeping; at most 50 us is used. It
   /// shortens round trips where a core is to spare and ruins them where none is.
   std::chrono::microseconds spin{0};
@@ -99,7 +101,7 @@ public:
   /// peer_lost (gone, given up or never connected), stale_epoch (the receiver has
   /// fenced this process off), too_large (payload or header), unavailable (stopping),
   /// resource_exhausted, invalid_request. What the receiver refuses of a small frame, which
-  /// goes without a rendezvous, only the receiver hears of (on_dropped).
+  /// goes without a rendezvous, or of one through a ring, only the receiver hears of (on_dropped).
   /// There is no bound on what is queued: a caller bounds it by waiting for completions.
   void send(std::string_view peer, proto::FrameHeader header, payload_view payload,
             completion done);

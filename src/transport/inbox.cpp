@@ -20,7 +20,8 @@ expected<void> inbox::listen(ucp_worker_h worker) {
   params.cb = [](void* self, const void* header, std::size_t header_length, void* data,
                  std::size_t length, const ucp_am_recv_param_t* param) noexcept {
     const bool rendezvous = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
-    return static_cast<inbox*>(self)->receive(header, header_length, data, length, rendezvous);
+    return static_cast<inbox*>(self)->receive(
+      {static_cast<const char*>(header), header_length}, data, length, rendezvous);
   };
   if (const auto status = ucp_worker_set_am_recv_handler(worker, &params); status != UCS_OK)
     return fail(error_code::unavailable,
@@ -42,56 +43,71 @@ void inbox::drop(const proto::FrameHeader& header, error_code code, std::string 
   options_.on_dropped(header, dropped.value());
 }
 
+/// Memory for a frame that is taken. Otherwise why not, which has been reported.
+expected<frame> inbox::admit(std::string_view raw_header, std::size_t length) {
+  const auto refuse = [this](const proto::FrameHeader& header, error_code code, std::string cause) {
+    const auto why = fail(code, std::move(cause));
+    options_.on_dropped(header, why.value());
+    return why;
+  };
+  proto::FrameHeader header;
+  if (!header.ParseFromArray(raw_header.data(), static_cast<int>(raw_header.size()))
+      || header.sender().empty())
+    return refuse(proto::FrameHeader{}, error_code::invalid_request,
+                  fmt::format("a frame of {} bytes came with a header of {} bytes that is none",
+                              length, raw_header.size()));
+  if (is_fenced(header))
+    return refuse(header, error_code::stale_epoch,
+                  fmt::format("a frame of '{}' came from its incarnation {}, fenced off below {}",
+                              header.sender(), header.sender_incarnation(),
+                              lowest(header.sender())));
+  if (length > options_.max_payload)
+    return refuse(header, error_code::too_large,
+                  fmt::format("a frame of '{}' has {} bytes; the limit is {}", header.sender(),
+                              length, options_.max_payload));
+  auto target = pool_.take(length);
+  if (!target)
+    return refuse(header, target.error().code, target.error().cause);
+  return frame{std::move(header), std::move(*target)};
+}
+
+std::optional<frame> inbox::accept(std::string_view header, std::size_t length) {
+  if (closed_)
+    return std::nullopt;
+  auto admitted = admit(header, length);
+  return admitted ? std::optional{std::move(*admitted)} : std::nullopt;
+}
+
 /// An eager payload is valid only during the call. The status of a refused rendezvous
 /// travels back to its sender; an eager sender has completed long ago.
-ucs_status_t inbox::receive(const void* raw_header, std::size_t header_length, void* data,
-                            std::size_t length, bool rendezvous) {
-  const auto refuse = [rendezvous](ucs_status_t status) { return rendezvous ? status : UCS_OK; };
+ucs_status_t inbox::receive(std::string_view raw_header, void* data, std::size_t length,
+                            bool rendezvous) {
   if (closed_)
-    return refuse(UCS_ERR_CANCELED);
-  proto::FrameHeader header;
-  if (!header.ParseFromArray(raw_header, static_cast<int>(header_length))
-      || header.sender().empty()) {
-    drop(proto::FrameHeader{}, error_code::invalid_request,
-         fmt::format("a frame of {} bytes came with a header of {} bytes that is none", length,
-                     header_length));
-    return refuse(UCS_ERR_INVALID_PARAM);
-  }
-  if (is_fenced(header)) {
-    drop(header, error_code::stale_epoch,
-         fmt::format("a frame of '{}' came from its incarnation {}, fenced off below {}",
-                     header.sender(), header.sender_incarnation(), lowest(header.sender())));
-    return refuse(UCS_ERR_REJECTED);
-  }
-  if (length > options_.max_payload) {
-    drop(header, error_code::too_large,
-         fmt::format("a frame of '{}' has {} bytes; the limit is {}", header.sender(), length,
-                     options_.max_payload));
-    return refuse(UCS_ERR_EXCEEDS_LIMIT);
-  }
-  auto target = pool_.take(length);
-  if (!target) {
-    drop(header, target.error().code, target.error().cause);
-    return refuse(UCS_ERR_NO_MEMORY);
-  }
+    return rendezvous ? UCS_ERR_CANCELED : UCS_OK;
+  auto admitted = admit(raw_header, length);
+  if (!admitted)
+    return rendezvous ? to_status(admitted.error().code) : UCS_OK;
   if (rendezvous)
-    return start_rendezvous(std::move(header), std::move(*target), data);
-
+    return start_rendezvous(std::move(admitted->header), std::move(admitted->payload), data);
   if (length != 0)
-    std::memcpy(target->data(), data, length);
+    std::memcpy(admitted->payload.data(), data, length);
+  arrive(std::move(*admitted));
+  return UCS_OK;
+}
+
+void inbox::arrive(frame filled) {
   slot arrived;
-  arrived.content = frame{std::move(header), std::move(*target)};
+  arrived.content = std::move(filled);
   arrived.progress = state::complete;
   if (!lines_.empty()) {
     const auto& sender = arrived.content.header;
     const auto found = lines_.find({sender.sender(), sender.sender_incarnation()});
     if (found != lines_.end()) {
       found->second.slots.push_back(std::make_unique<slot>(std::move(arrived)));
-      return UCS_OK;
+      return;
     }
   }
   hand_out(arrived);
-  return UCS_OK;
 }
 
 ucs_status_t inbox::start_rendezvous(proto::FrameHeader header, buffer target, void* descriptor) {

@@ -10,7 +10,9 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 
@@ -19,7 +21,8 @@ namespace troupe::transport {
 /// The receiving half of an endpoint: turns active messages into frames, verifies them,
 /// puts each sender's frames back in the order of their arrival (a rendezvous takes
 /// longer than an eager message behind it) and drops what fenced senders send.
-/// Used by the thread that drives the endpoint.
+/// What comes through a ring is copied out of it elsewhere (frame_stream.hpp) and passes the same
+/// checks. Used by the thread that drives the endpoint.
 class inbox {
 public:
   struct options {
@@ -48,6 +51,11 @@ public:
   /// True while UCX writes into buffers of this inbox.
   bool is_receiving() const { return num_receiving_ != 0; }
 
+  /// Whether a frame with these bytes as its header and a payload of `length` bytes is taken: then
+  /// with memory for it, to be filled and given to `arrive`. Otherwise its drop was reported.
+  std::optional<frame> accept(std::string_view header, std::size_t length);
+  void arrive(frame filled);
+
   /// Hands out a frame of this process to itself.
   void deliver(frame arrived) { options_.on_frame(std::move(arrived)); }
 
@@ -73,13 +81,13 @@ private:
     std::deque<std::unique_ptr<slot>> slots;
   };
 
-  ucs_status_t receive(const void* header, std::size_t header_length, void* data,
-                       std::size_t length, bool rendezvous);
+  ucs_status_t receive(std::string_view header, void* data, std::size_t length, bool rendezvous);
   ucs_status_t start_rendezvous(proto::FrameHeader header, buffer target, void* descriptor);
   void finish_rendezvous(slot& finished, ucs_status_t status);
   void hand_out_front(line& queue);
   void hand_out(slot& finished);
   void drop(const proto::FrameHeader& header, error_code code, std::string cause);
+  expected<frame> admit(std::string_view header, std::size_t length);
   bool is_fenced(const proto::FrameHeader& header) const;
 
   options options_;

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "troupe/base/fault_point.hpp"
-#include "troupe/transport/peer_table.hpp"
+#include "troupe/transport/send_operation.hpp"
 
 #include <chrono>
 #include <memory>

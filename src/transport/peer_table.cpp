@@ -1,6 +1,7 @@
 #include "troupe/transport/peer_table.hpp"
 
 #include "troupe/base/fault_point.hpp"
+#include "troupe/transport/address.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -36,6 +37,9 @@ struct peer {
   bool retired = false;       ///< off the table; what UCX says about it is no news
   bool closed = false;        ///< UCX has let go of `handle`
   std::optional<error> failure;
+  std::string offer; ///< a serialised RingOffer, payload of hello and goodbye
+  std::optional<frame_writer> ring;
+  std::optional<neighbour> near; ///< whom to wake for the ring
   std::vector<std::unique_ptr<send_operation>> waiting; ///< sent before it was ready
   std::vector<std::unique_ptr<send_operation>> in_flight;
 
@@ -76,31 +80,48 @@ struct peer {
         if (auto done = std::exchange(each->done, nullptr))
           done(tl::unexpected(why));
     waiting.clear();
+    if (ring)
+      ring->fail_all(why);
   }
+
+  bool push_ring() {
+    const bool busy = ring->push();
+    if (busy)
+      near->ring();
+    return busy;
+  }
+
+  bool waits_for_ring() const { return ring && !ring->ring().is_attached(); }
 };
 
 peer_table::peer_table(ucx_worker& worker, inbox& fences, const proto::FrameHeader& own,
-                       lost_callback on_lost)
+                       const proto::HostPlace* place, lost_callback on_lost)
   : worker_(worker),
     fences_(fences),
     on_lost_(std::move(on_lost)),
-    own_header_(own.SerializeAsString()) {}
+    own_header_(own.SerializeAsString()),
+    place_(place),
+    inlets_(fences) {}
 
 peer_table::~peer_table() = default;
 
 template <peer_table::message_handler Handler>
 expected<void> peer_table::listen_for(unsigned message_id) {
   ucp_am_handler_param_t params{};
-  params.field_mask =
-    UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
+  params.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_FLAGS
+                      | UCP_AM_HANDLER_PARAM_FIELD_CB | UCP_AM_HANDLER_PARAM_FIELD_ARG;
   params.id = message_id;
+  params.flags = UCP_AM_FLAG_WHOLE_MSG;
   params.arg = this;
-  params.cb = [](void* self, const void* header, std::size_t length, void*, std::size_t,
-                 const ucp_am_recv_param_t*) noexcept {
+  params.cb = [](void* self, const void* header, std::size_t length, void* payload,
+                 std::size_t payload_length, const ucp_am_recv_param_t* param) noexcept {
+    const bool is_here = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
     proto::FrameHeader from;
-    if (from.ParseFromArray(header, static_cast<int>(length)) && !faults::is_cut_off(from.sender()))
-      (static_cast<peer_table*>(self)->*Handler)(from);
-    return UCS_OK;
+    if (is_here && from.ParseFromArray(header, static_cast<int>(length))
+        && !faults::is_cut_off(from.sender()))
+      (static_cast<peer_table*>(self)->*Handler)(
+        from, {static_cast<const char*>(payload), payload_length});
+    return is_here ? UCS_OK : UCS_ERR_INVALID_PARAM;
   };
   const auto status = ucp_worker_set_am_recv_handler(worker_.get(), &params);
   if (status != UCS_OK)
@@ -115,29 +136,60 @@ expected<void> peer_table::listen() {
   return listen_for<&peer_table::hear_goodbye>(goodbye_message_id);
 }
 
-void peer_table::hear_hello(const proto::FrameHeader& from) {
+void peer_table::hear_hello(const proto::FrameHeader& from, std::string_view offer) {
   auto& latest = hellos_[from.sender()];
   latest = std::max(latest, from.sender_incarnation());
   const auto known = connected_.find(from.sender());
   if (known != connected_.end() && known->second->incarnation == from.sender_incarnation())
     known->second->hello_heard = true;
+  note_ring(true, from, offer);
 }
 
-void peer_table::hear_goodbye(const proto::FrameHeader& from) {
+void peer_table::hear_goodbye(const proto::FrameHeader& from, std::string_view offer) {
   const auto known = connected_.find(from.sender());
   if (known != connected_.end() && known->second->incarnation == from.sender_incarnation())
     known->second->fail(to_error(UCS_ERR_CONNECTION_RESET, from.sender()));
+  note_ring(false, from, offer);
+}
+
+void peer_table::note_ring(bool is_hello, const proto::FrameHeader& from, std::string_view bytes) {
+  proto::RingOffer offer;
+  if (!bytes.empty() && place_ != nullptr
+      && offer.ParseFromArray(bytes.data(), static_cast<int>(bytes.size())))
+    news_.push_back({is_hello, {from.sender(), from.sender_incarnation()}, std::move(offer)});
 }
 
 /// UCX opens and closes connections without a word to the process at the other end. False
 /// when it cannot go out at once: queueing it would begin the handshake of the first frame.
 bool peer_table::say(unsigned message_id, peer& to) {
+  ucx_used_ = true;
   ucp_request_param_t params{};
   params.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FLAG_FORCE_IMM_CMPL;
   params.flags = UCP_AM_SEND_FLAG_EAGER;
-  return ucp_am_send_nbx(to.handle, message_id, own_header_.data(), own_header_.size(), nullptr, 0,
-                         &params)
+  return ucp_am_send_nbx(to.handle, message_id, own_header_.data(), own_header_.size(),
+                         to.offer.data(), to.offer.size(), &params)
          == nullptr;
+}
+
+/// Nothing happens where the peer is not of this host, or there is no memory: then UCX carries the
+/// frames.
+void peer_table::offer_ring(peer& to, const proto::HostPlace& place) {
+  auto near = neighbour::open(place);
+  if (!near) {
+    spdlog::debug("frames to '{}' go by UCX: {}", to.name, near.error().cause);
+    return;
+  }
+  auto ring = ring_writer::create("troupe-ring-to-" + to.name);
+  if (!ring) {
+    spdlog::warn("frames to '{}' go by UCX: {}", to.name, ring.error().cause);
+    return;
+  }
+  proto::RingOffer offer;
+  *offer.mutable_from() = *place_;
+  offer.set_memory(static_cast<std::uint32_t>(ring->fd()));
+  to.offer = offer.SerializeAsString();
+  to.ring.emplace(std::move(*ring));
+  to.near.emplace(std::move(*near));
 }
 
 void peer_table::connect(const std::string& name, std::uint64_t incarnation,
@@ -170,13 +222,17 @@ void peer_table::connect(const std::string& name, std::uint64_t incarnation,
   fresh.hello_heard = hello != hellos_.end() && hello->second == incarnation;
   fences_.fence(name, incarnation);
   ++num_waiting_;
-  auto handle = worker_.open_endpoint(address, &peer::on_error, &fresh);
-  if (handle) {
-    fresh.handle = *handle;
-    fresh.hello_sent = say(hello_message_id, fresh);
-  } else {
-    fresh.fail(std::move(handle).error());
-  }
+  const auto way = read_address(address);
+  if (!way)
+    return fresh.fail(way.error());
+  ucx_used_ = true;
+  auto handle = worker_.open_endpoint(way->ucx(), &peer::on_error, &fresh);
+  if (!handle)
+    return fresh.fail(std::move(handle).error());
+  fresh.handle = *handle;
+  if (place_ != nullptr && way->has_place())
+    offer_ring(fresh, way->place());
+  fresh.hello_sent = say(hello_message_id, fresh);
 }
 
 /// Takes a peer off the table. Its hello counts no more: it will have to connect again.
@@ -215,6 +271,12 @@ void peer_table::send(std::unique_ptr<send_operation> operation) {
 }
 
 void peer_table::start(peer& carrier, std::unique_ptr<send_operation> operation) {
+  if (carrier.ring) {
+    carrier.ring->take(std::move(operation));
+    carrier.push_ring();
+    return;
+  }
+  ucx_used_ = true;
   auto& started = *operation;
   started.carrier = &carrier;
   started.place = carrier.in_flight.size();
@@ -248,8 +310,11 @@ bool peer_table::start_those_ready() {
       continue;
     if (!each->hello_sent)
       each->hello_sent = say(hello_message_id, *each);
-    if (!(each->hello_heard && each->hello_sent) && now < each->ready_at)
+    const bool is_met = each->hello_heard && each->hello_sent && !each->waits_for_ring();
+    if (!is_met && now < each->ready_at)
       continue;
+    if (each->waits_for_ring())
+      each->ring.reset();
     each->ready = true;
     --num_waiting_;
     for (auto& operation : std::exchange(each->waiting, {}))
@@ -260,11 +325,17 @@ bool peer_table::start_those_ready() {
 }
 
 bool peer_table::settle() {
+  for (const auto& [is_hello, from, offer] : std::exchange(news_, {}))
+    if (is_hello)
+      inlets_.open(from, offer);
+    else
+      inlets_.close(from.name, offer);
   bool busy = start_those_ready();
   for (const auto& name : std::exchange(failed_, {})) {
     const auto known = connected_.find(name);
     if (known == connected_.end() || !known->second->failure)
       continue; // disconnected or replaced meanwhile
+    inlets_.drain(name); // what it sent before counts
     auto lost = remove(name);
     const auto incarnation = lost->incarnation;
     const auto why = *lost->failure;
@@ -279,7 +350,28 @@ bool peer_table::settle() {
   return busy;
 }
 
+bool peer_table::move_rings() {
+  bool busy = inlets_.poll();
+  for (const auto& sender : inlets_.take_damaged()) {
+    const auto known = connected_.find(sender.name);
+    if (known != connected_.end() && known->second->incarnation == sender.incarnation)
+      known->second->fail(
+        fail(error_code::io_failed, fmt::format("'{}' sent what is no frame", sender.name))
+          .value());
+  }
+  for (auto& [name, each] : connected_)
+    if (each->ring && !each->ring->is_idle())
+      busy |= each->push_ring();
+  return busy;
+}
+
+bool peer_table::needs_network() const {
+  return std::any_of(connected_.begin(), connected_.end(),
+                     [](const auto& each) { return !each.second->ready || !each.second->ring; });
+}
+
 void peer_table::close(std::unique_ptr<peer> finished, const error& why) {
+  ucx_used_ = true;
   finished->fail_all(why);
   if (finished->handle == nullptr)
     return;
@@ -306,11 +398,13 @@ void peer_table::close(std::unique_ptr<peer> finished, const error& why) {
 
 bool peer_table::has_sends_in_flight() const {
   return std::any_of(connected_.begin(), connected_.end(), [](const auto& each) {
-    return !each.second->in_flight.empty() || !each.second->waiting.empty();
+    const auto& to = *each.second;
+    return !to.in_flight.empty() || !to.waiting.empty() || (to.ring && !to.ring->is_idle());
   });
 }
 
 void peer_table::flush_all() {
+  ucx_used_ = true;
   for (auto& [name, each] : connected_) {
     if (!each->in_flight.empty() || each->failure || each->flush_pending)
       continue;

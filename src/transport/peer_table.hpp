@@ -3,6 +3,8 @@
 #include "troupe/base/error.hpp"
 #include "troupe/transport/frame.hpp"
 #include "troupe/transport/inbox.hpp"
+#include "troupe/transport/ring_inlets.hpp"
+#include "troupe/transport/send_operation.hpp"
 #include "troupe/transport/ucx_worker.hpp"
 
 #include <cstddef>
@@ -10,22 +12,12 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace troupe::transport {
-
-struct peer;
-
-/// One send on its way. The header must live as long as UCX works on it.
-struct send_operation {
-  std::string to;
-  std::string header; ///< a serialised FrameHeader
-  payload_view payload;
-  completion done;
-  peer* carrier = nullptr; ///< set once UCX has it
-  std::size_t place = 0;   ///< index among the operations of `carrier`
-};
 
 /// The sending half of an endpoint: which peers are connected, what is on its way to them,
 /// and what happens to it when one is lost. Used by the thread that drives the endpoint.
@@ -35,13 +27,21 @@ struct send_operation {
 /// aborts the process (assertion in ucp_request_send_state_ff, gone in 1.14) when a peer dies
 /// while the answer to that waits for a TCP connection. A peer that does not connect
 /// back sends no hello; after a moment its frames go out all the same.
+///
+/// Where this process has a place on its host that a peer can reach, the hello offers a ring, and
+/// frames go through it instead of UCX, all of a connection in one way. UCX stays connected: it is
+/// by UCX that one hears of the other's death.
+///
+///     connect ──> waiting ──hello both ways, ring attached──> ready, by ring
+///                    └──after a moment──────────────────────> ready, by ring if attached, or UCX
 class peer_table {
 public:
   using lost_callback = std::function<void(const std::string&, std::uint64_t, const error&)>;
 
-  /// `own` holds this process's name and incarnation.
+  /// `own` holds this process's name and incarnation. `place` is where neighbours reach it; null:
+  /// nowhere, frames go by UCX alone.
   peer_table(ucx_worker& worker, inbox& fences, const proto::FrameHeader& own,
-             lost_callback on_lost);
+             const proto::HostPlace* place, lost_callback on_lost);
   ~peer_table();
 
   /// Says once more who this process is. Before the first connect().
@@ -58,6 +58,19 @@ public:
   /// for a hello, retires peers that failed, forgets those that are closed. True
   /// when there was something to do.
   bool settle();
+
+  /// Reads what neighbours have sent and goes on with what waits for room in their rings. True when
+  /// there was something to do.
+  bool move_rings();
+
+  /// move_rings() has something to read.
+  bool has_ring_input() const { return inlets_.is_ready(); }
+
+  /// True if UCX was asked for anything since the last call, so that it wants to be moved on.
+  bool take_ucx_use() { return std::exchange(ucx_used_, false); }
+
+  /// Some peer is reached by UCX alone, or may be.
+  bool needs_network() const;
 
   /// True while a hello is awaited, so that settle() is due again soon.
   bool awaits_hellos() const { return num_waiting_ != 0; }
@@ -80,13 +93,14 @@ public:
 private:
   friend struct peer;
 
-  using message_handler = void (peer_table::*)(const proto::FrameHeader&);
+  using message_handler = void (peer_table::*)(const proto::FrameHeader&, std::string_view);
 
   template <message_handler Handler>
   expected<void> listen_for(unsigned message_id);
-  void hear_hello(const proto::FrameHeader& from);
-  void hear_goodbye(const proto::FrameHeader& from);
+  void hear_hello(const proto::FrameHeader& from, std::string_view offer);
+  void hear_goodbye(const proto::FrameHeader& from, std::string_view offer);
   bool say(unsigned message_id, peer& to);
+  void offer_ring(peer& to, const proto::HostPlace& place);
 
   std::unique_ptr<peer> remove(const std::string& name);
   void start(peer& carrier, std::unique_ptr<send_operation> operation);
@@ -102,6 +116,18 @@ private:
   std::size_t num_waiting_ = 0;
   std::vector<std::unique_ptr<peer>> closing_;
   std::vector<std::string> failed_;
+
+  const proto::HostPlace* place_;
+  ring_inlets inlets_;
+  /// A hello or a goodbye with a ring, in the order of their arrival.
+  struct ring_news {
+    bool is_hello = false;
+    ring_inlets::sender from;
+    proto::RingOffer offer;
+  };
+  void note_ring(bool is_hello, const proto::FrameHeader& from, std::string_view offer);
+  std::vector<ring_news> news_;
+  bool ucx_used_ = true;
 };
 
 } // namespace troupe::transport

@@ -68,27 +68,6 @@ expected<void> configure(ucp_config_t* config, const std::string& transports,
   return {};
 }
 
-std::span<const std::byte> as_bytes(std::string_view text) {
-  return std::as_bytes(std::span{text.data(), text.size()});
-}
-
-std::string seal(std::string_view raw) {
-  const std::uint64_t sum = checksum(as_bytes(raw));
-  std::string result(sizeof sum, '\0');
-  std::memcpy(result.data(), &sum, sizeof sum);
-  return result.append(raw);
-}
-
-/// The UCX address inside `sealed`, or nothing when it was damaged.
-std::string_view unseal(std::string_view sealed) {
-  std::uint64_t sum = 0;
-  if (sealed.size() <= sizeof sum)
-    return {};
-  std::memcpy(&sum, sealed.data(), sizeof sum);
-  sealed.remove_prefix(sizeof sum);
-  return checksum(as_bytes(sealed)) == sum ? sealed : std::string_view{};
-}
-
 } // namespace
 
 error to_error(ucs_status_t status, std::string_view peer) {
@@ -101,6 +80,15 @@ error to_error(ucs_status_t status, std::string_view peer) {
   case UCS_ERR_INVALID_PARAM: return make(error_code::invalid_request, "frame refused by");
   case UCS_ERR_REJECTED: return make(error_code::stale_epoch, "fenced off by");
   default: return make(error_code::peer_lost, "lost peer");
+  }
+}
+
+ucs_status_t to_status(error_code code) {
+  switch (code) {
+  case error_code::too_large: return UCS_ERR_EXCEEDS_LIMIT;
+  case error_code::resource_exhausted: return UCS_ERR_NO_MEMORY;
+  case error_code::stale_epoch: return UCS_ERR_REJECTED;
+  default: return UCS_ERR_INVALID_PARAM;
   }
 }
 
@@ -150,7 +138,7 @@ expected<void> ucx_worker::read_attributes() {
   std::size_t length = 0;
   if (const auto status = ucp_worker_get_address(worker_, &raw, &length); status != UCS_OK)
     return start_failure("worker address", status);
-  address_ = seal({reinterpret_cast<const char*>(raw), length});
+  address_.assign(reinterpret_cast<const char*>(raw), length);
   ucp_worker_release_address(worker_, raw);
   return {};
 }
@@ -184,15 +172,10 @@ void ucx_worker::close() {
 
 expected<ucp_ep_h> ucx_worker::open_endpoint(std::string_view address,
                                              ucp_err_handler_cb_t on_error, void* context) {
-  const std::string_view raw = unseal(address);
-  if (raw.empty())
-    return fail(error_code::invalid_request,
-                fmt::format("a transport address of {} bytes is damaged", address.size()),
-                "pass what endpoint::address() of the peer gave, unchanged");
   ucp_ep_params_t params{};
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
                       | UCP_EP_PARAM_FIELD_ERR_HANDLER;
-  params.address = reinterpret_cast<const ucp_address_t*>(raw.data());
+  params.address = reinterpret_cast<const ucp_address_t*>(address.data());
   params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
   params.err_handler.cb = on_error;
   params.err_handler.arg = context;

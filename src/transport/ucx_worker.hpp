@@ -20,6 +20,9 @@ constexpr unsigned goodbye_message_id = 3; ///< the sender gives the receiver up
 /// What a UCX status means to the sender of a frame to `peer`.
 error to_error(ucs_status_t status, std::string_view peer);
 
+/// What a receiver tells the sender of a frame that it does not take: `to_error` of it is `code`.
+ucs_status_t to_status(error_code code);
+
 /// A UCX context with its one worker. Used by one thread at a time.
 class ucx_worker {
 public:
@@ -37,7 +40,7 @@ public:
   int event_fd() const { return event_fd_; }
   std::size_t max_header() const { return max_header_; }
 
-  /// How others reach this worker: bytes with a check sum, since UCX itself trusts them.
+  /// How others reach this worker: bytes that UCX trusts, whoever has changed them.
   const std::string& address() const { return address_; }
 
   /// Opens a UCX endpoint towards `address`, made by address() of another worker.
