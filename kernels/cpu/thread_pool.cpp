@@ -3,6 +3,9 @@
 #include <cassert>
 #include <chrono>
 
+#include <pthread.h>
+#include <sched.h>
+
 namespace troupe::kernels::cpu {
 
 namespace {
@@ -44,6 +47,30 @@ bool spin(Condition&& done) {
 thread_pool::thread_pool(std::int32_t num_threads) {
   for (std::int32_t thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread] { serve(thread); });
+  }
+  keep_on_cores();
+}
+
+/// Where that is not allowed, threads stay where the system puts them.
+void thread_pool::keep_on_cores() {
+  cpu_set_t allowed;
+  if (::sched_getaffinity(0, sizeof(allowed), &allowed) != 0
+      || CPU_COUNT(&allowed) != static_cast<int>(workers_.size()) + 1) {
+    return;
+  }
+  int core = 0;
+  const auto next_core = [&] {
+    while (!CPU_ISSET(core, &allowed)) {
+      ++core;
+    }
+    return core++;
+  };
+  next_core();
+  for (auto& worker : workers_) {
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    CPU_SET(next_core(), &own);
+    ::pthread_setaffinity_np(worker.native_handle(), sizeof(own), &own);
   }
 }
 

@@ -224,8 +224,8 @@ private:
 
   endpoint_options options_; ///< identify() fills in what was left open, nothing else changes
   const endpoint_callbacks callbacks_;
-  sleeping_place background_; ///< of the progress thread
-  sleeping_place foreground_; ///< of who is in `drive`
+  sleeping_place background_;    ///< of the progress thread
+  sleeping_place foreground_;    ///< of who is in `drive`
   std::optional<doorbell> bell_; ///< none: frames go by UCX alone
   std::string address_;          // this and the next: set before start() returns
   std::size_t max_header_ = 0;
@@ -237,8 +237,8 @@ private:
   std::atomic<bool> network_is_due_{true};
   bool network_is_driven_ = false; // guarded by driving_: who is in `drive` watches UCX
   communication* with_ = nullptr;  // guarded by driving_; null before start and after stop
-  std::vector<command> executing_;        // guarded by driving_
-  injected_sends injected_;               // guarded by driving_
+  std::vector<command> executing_; // guarded by driving_
+  injected_sends injected_;        // guarded by driving_
 
   std::mutex mutex_;
   std::vector<command> commands_;                // guarded by mutex_

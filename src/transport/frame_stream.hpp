@@ -26,9 +26,7 @@ public:
   bool is_idle() const { return waiting_.empty(); }
 
   /// Takes a frame behind those that wait. `push` writes it.
-  void take(std::unique_ptr<send_operation> operation) {
-    waiting_.push_back(std::move(operation));
-  }
+  void take(std::unique_ptr<send_operation> operation) { waiting_.push_back(std::move(operation)); }
 
   /// Writes what there is room for and ends the operations of frames that are written. True if
   /// anything was written: the reader is to be woken. What then still waits needs a wake-up of the
@@ -73,8 +71,8 @@ private:
 
   ring_reader ring_;
   inbox* inbox_;
-  part part_ = part::lengths; ///< which comes next
-  std::uint64_t done_ = 0;    ///< bytes of it that have been read
+  part part_ = part::lengths;     ///< which comes next
+  std::uint64_t done_ = 0;        ///< bytes of it that have been read
   std::uint64_t lengths_[2] = {}; ///< of header and payload
   std::string header_;
   std::optional<frame> content_; ///< none: its payload is skipped

@@ -20,8 +20,8 @@ expected<void> inbox::listen(ucp_worker_h worker) {
   params.cb = [](void* self, const void* header, std::size_t header_length, void* data,
                  std::size_t length, const ucp_am_recv_param_t* param) noexcept {
     const bool rendezvous = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
-    return static_cast<inbox*>(self)->receive(
-      {static_cast<const char*>(header), header_length}, data, length, rendezvous);
+    return static_cast<inbox*>(self)->receive({static_cast<const char*>(header), header_length},
+                                              data, length, rendezvous);
   };
   if (const auto status = ucp_worker_set_am_recv_handler(worker, &params); status != UCS_OK)
     return fail(error_code::unavailable,

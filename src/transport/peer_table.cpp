@@ -39,7 +39,7 @@ struct peer {
   std::optional<error> failure;
   std::string offer; ///< a serialised RingOffer, payload of hello and goodbye
   std::optional<frame_writer> ring;
-  std::optional<neighbour> near; ///< whom to wake for the ring
+  std::optional<neighbour> near;                        ///< whom to wake for the ring
   std::vector<std::unique_ptr<send_operation>> waiting; ///< sent before it was ready
   std::vector<std::unique_ptr<send_operation>> in_flight;
 
@@ -334,7 +334,7 @@ bool peer_table::settle() {
   for (const auto& name : std::exchange(failed_, {})) {
     const auto known = connected_.find(name);
     if (known == connected_.end() || !known->second->failure)
-      continue; // disconnected or replaced meanwhile
+      continue;          // disconnected or replaced meanwhile
     inlets_.drain(name); // what it sent before counts
     auto lost = remove(name);
     const auto incarnation = lost->incarnation;

@@ -41,8 +41,8 @@ expected<ring_writer> ring_writer::create(const std::string& name) {
   auto made = memory::segment::create(name, memory_bytes);
   if (!made)
     return tl::unexpected(std::move(made).error());
-  auto mapped = memory::segment::attach_from(static_cast<std::uint32_t>(::getpid()), made->fd(),
-                                             memory_bytes);
+  auto mapped =
+    memory::segment::attach_from(static_cast<std::uint32_t>(::getpid()), made->fd(), memory_bytes);
   if (!mapped)
     return tl::unexpected(std::move(mapped).error());
   return ring_writer{std::move(*mapped)};

@@ -20,12 +20,12 @@ void ring_inlets::open(const sender& from, const proto::RingOffer& offer) {
   }
   auto waker = neighbour::open(offer.from());
   if (!waker) {
-    spdlog::warn("'{}' offers a ring: {}", from.name, waker.error().cause);
+    spdlog::info("'{}' offers a ring: {}", from.name, waker.error().cause);
     return;
   }
   auto ring = ring_reader::attach(waker->pid(), static_cast<int>(offer.memory()));
   if (!ring) {
-    spdlog::warn("'{}' offers a ring: {}", from.name, ring.error().cause);
+    spdlog::info("'{}' offers a ring: {}", from.name, ring.error().cause);
     return;
   }
   inlets_.push_back({from, offer, std::move(*waker), frame_reader{std::move(*ring), inbox_}});

@@ -3,6 +3,9 @@
 #include <chrono>
 #include <numeric>
 #include <thread>
+#include <vector>
+
+#include <sched.h>
 
 #include "troupe/kernels/cpu/scratch.hpp"
 #include "troupe/kernels/cpu/thread_pool.hpp"
@@ -52,6 +55,37 @@ TEST_CASE("two threads really share the work") {
     met = met || present == 2;
   });
   CHECK(met);
+}
+
+TEST_CASE("a pool as wide as the machine keeps each worker on a core, a narrower one does not") {
+  cpu_set_t usable;
+  REQUIRE(::sched_getaffinity(0, sizeof(usable), &usable) == 0);
+  const int num_cores = CPU_COUNT(&usable);
+  const auto cores_of_threads = [](int num_threads) {
+    thread_pool pool(num_threads);
+    std::vector<cpu_set_t> cores(num_threads);
+    std::atomic<int> present = 0;
+    pool.run(num_threads, [&](std::int32_t, std::int32_t thread) {
+      ::sched_getaffinity(0, sizeof(cpu_set_t), &cores[thread]);
+      ++present;
+      while (present < num_threads) { // a chunk for every thread
+        std::this_thread::yield();
+      }
+    });
+    return cores;
+  };
+  const auto wide = cores_of_threads(num_cores);
+  CHECK(CPU_EQUAL(&wide[0], &usable)); // the caller's are its own business
+  cpu_set_t used;
+  CPU_ZERO(&used);
+  for (int thread = 1; thread < num_cores; ++thread) {
+    CHECK(CPU_COUNT(&wide[thread]) == 1);
+    CPU_OR(&used, &used, &wide[thread]);
+  }
+  CHECK(CPU_COUNT(&used) == num_cores - 1);
+  for (const auto& cores : cores_of_threads(num_cores + 1)) {
+    CHECK(CPU_EQUAL(&cores, &usable));
+  }
 }
 
 TEST_CASE("scratch memory is kept, aligned and grows") {

@@ -75,6 +75,7 @@ std::chrono::milliseconds median_of(int count, Work&& work) {
 } // namespace
 
 TEST_CASE("who drives hears frames of every size itself, and the progress thread does so again") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   const tensor small(2000, 1), large(3 << 20, 2);
   std::uint64_t step = 0;
@@ -104,6 +105,7 @@ TEST_CASE("who drives hears frames of every size itself, and the progress thread
 }
 
 TEST_CASE("after a drive the progress thread is woken by frames, not by its timer") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   const tensor t(2000, 1);
   std::uint64_t step = 0;
@@ -118,6 +120,7 @@ TEST_CASE("after a drive the progress thread is woken by frames, not by its time
 }
 
 TEST_CASE("a drive ends at its deadline and when it is interrupted") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   const auto begin = clock::now();
   CHECK(!both.a.drive_for(1, 30ms));
@@ -138,6 +141,7 @@ TEST_CASE("a drive ends at its deadline and when it is interrupted") {
 }
 
 TEST_CASE("a second one that would drive is sent away at once") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   std::atomic<bool> flag = false, is_inside = false;
   std::thread first([&] {
@@ -159,6 +163,7 @@ TEST_CASE("a second one that would drive is sent away at once") {
 }
 
 TEST_CASE("commands are carried out while somebody drives") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   std::atomic<bool> flag = false;
   std::thread driver([&] { both.a.end->drive([&] { return flag.load(); }, clock::now() + 20s); });
@@ -182,6 +187,7 @@ TEST_CASE("commands are carried out while somebody drives") {
 }
 
 TEST_CASE("a driver is woken by a frame of another thread of its own process") {
+  const carrier by{GENERATE(true, false)};
   listener own{"own"};
   const tensor t(100, 1);
   std::uint64_t step = 0;
@@ -198,6 +204,7 @@ TEST_CASE("a driver is woken by a frame of another thread of its own process") {
 }
 
 TEST_CASE("a driver keeps its deadline while frames pour in") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   const tensor t(2000, 1);
   std::atomic<bool> over = false;
@@ -213,6 +220,7 @@ TEST_CASE("a driver keeps its deadline while frames pour in") {
 }
 
 TEST_CASE("stop ends a drive") {
+  const carrier by{GENERATE(true, false)};
   for (int round = 0; round < 10; ++round) {
     pair both;
     std::atomic<bool> is_inside = false;
@@ -236,6 +244,7 @@ TEST_CASE("stop ends a drive") {
 }
 
 TEST_CASE("a completion may send, whichever thread it runs on") {
+  const carrier by{GENERATE(true, false)};
   pair both;
   const tensor t(100, 1);
   std::uint64_t step = 0;
@@ -253,6 +262,7 @@ TEST_CASE("a completion may send, whichever thread it runs on") {
 }
 
 TEST_CASE("nothing is lost or doubled while drivers come and go and everybody sends") {
+  const carrier by{GENERATE(true, false)};
   std::mt19937_64 seeds{71};
   pair both;
   constexpr std::uint64_t per_sender = 400;

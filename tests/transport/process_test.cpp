@@ -186,6 +186,13 @@ TEST_CASE(child_test, "[.child]") {
   if (role == "eager to talk")
     for (int step = 0; step < 4; ++step)
       self->send("parent", header(step), tensor{3 * kib, 1}.view(), nullptr);
+  if (role == "last words") {
+    recorder said;
+    for (int step = 0; step < 20; ++step)
+      self->send("parent", header(step), tensor{9 * kib, 1}.view(), said.outcome());
+    said.wait_outcomes(20);
+    ::kill(::getpid(), SIGKILL);
+  }
   if (role == "source") {
     const tensor content{64 * mib, 1};
     recorder sent;
@@ -199,6 +206,7 @@ TEST_CASE(child_test, "[.child]") {
 }
 
 TEST_CASE("another process echoes frames of every size exactly") {
+  const carrier by{GENERATE(true, false)};
   party parent{"parent", 77};
   child_process child{parent, "echo", 5};
   connect(parent, child);
@@ -218,6 +226,7 @@ TEST_CASE("another process echoes frames of every size exactly") {
 }
 
 TEST_CASE("a killed peer is noticed, its sends fail and its successor serves, many times") {
+  const carrier by{GENERATE(true, false)};
   constexpr int num_kills = 50;
   constexpr int warm_up = 10;
   party parent{"parent"};
@@ -301,6 +310,7 @@ TEST_CASE("a peer killed while it connects harms nobody", "[.handshake]") {
 }
 
 TEST_CASE("a sender killed amid a rendezvous leaves nothing damaged behind") {
+  const carrier by{GENERATE(true, false)};
   party parent{"parent"};
   const tensor expected{64 * mib, 1};
   for (int i = 0; i < 5; ++i) {
@@ -327,7 +337,24 @@ TEST_CASE("a sender killed amid a rendezvous leaves nothing damaged behind") {
   }
 }
 
+TEST_CASE("what a killed process has left in its ring is heard before its death") {
+  const tensor expected{9 * kib, 1};
+  for (int i = 0; i < 10; ++i) {
+    party parent{"parent"};
+    child_process child{parent, "last words", static_cast<std::uint64_t>(i) + 1};
+    connect(parent, child);
+    REQUIRE(parent.heard.wait_losses(1));
+    REQUIRE(parent.heard.frames.size() == 20);
+    CHECK(parent.heard.drops.empty());
+    for (std::size_t step = 0; step < 20; ++step) {
+      CHECK(parent.heard.frames[step].header.step() == step);
+      CHECK(expected.equals(parent.heard.frames[step].payload));
+    }
+  }
+}
+
 TEST_CASE("a stopped peer can be given up, and its sends fail at once") {
+  const carrier by{GENERATE(true, false)};
   party parent{"parent"};
   child_process child{parent, "silent", 1};
   connect(parent, child);
@@ -348,6 +375,7 @@ TEST_CASE("a stopped peer can be given up, and its sends fail at once") {
 }
 
 TEST_CASE("stop ends sends to a stopped peer after the drain") {
+  const carrier by{GENERATE(true, false)};
   party parent{"parent"};
   child_process child{parent, "silent", 1};
   connect(parent, child);
@@ -372,6 +400,7 @@ TEST_CASE("round trips and bandwidth between two processes", "[.benchmark]") {
   using clock = std::chrono::steady_clock;
   const bool checksums = GENERATE(true, false);
   const int spin = GENERATE(0, 50);
+  const carrier by{GENERATE(true, false)};
   auto options = party::with_name("parent");
   options.spin = std::chrono::microseconds{spin};
   options.checksums = checksums;
@@ -400,10 +429,10 @@ TEST_CASE("round trips and bandwidth between two processes", "[.benchmark]") {
     }
     REQUIRE(parent.heard.wait_frames(rounds));
     const std::chrono::duration<double> elapsed = clock::now() - before;
-    std::printf("%8zu B, checksums %s, spin %2d us: RTT p50 %7.1f us, p99 %7.1f us; "
+    std::printf("%s %8zu B, checksums %s, spin %2d us: RTT p50 %7.1f us, p99 %7.1f us; "
                 "%5.2f GB/s each way\n",
-                size, checksums ? "on " : "off", spin, micros[rounds / 2],
-                micros[rounds * 99 / 100],
+                carrier::rings ? "ring" : "UCX ", size, checksums ? "on " : "off", spin,
+                micros[rounds / 2], micros[rounds * 99 / 100],
                 static_cast<double>(size * rounds) / elapsed.count() / 1e9);
   }
 }

@@ -129,6 +129,17 @@ private:
   std::condition_variable changed_;
 };
 
+/// While it lives, parties send through rings where they can, or by UCX alone. What a test asks of
+/// both: `const carrier by{GENERATE(true, false)};`
+struct carrier {
+  explicit carrier(bool by_rings) { rings = by_rings; }
+  ~carrier() { rings = true; }
+  carrier(const carrier&) = delete;
+  carrier& operator=(const carrier&) = delete;
+
+  static inline bool rings = true;
+};
+
 /// An endpoint with its recorder.
 struct party {
   explicit party(std::string name, std::uint64_t incarnation = 1)
@@ -145,6 +156,7 @@ struct party {
     endpoint_options result;
     result.name = std::move(name);
     result.incarnation = incarnation;
+    result.rings = carrier::rings;
     return result;
   }
 
