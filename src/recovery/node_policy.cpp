@@ -129,9 +129,11 @@ node_policy::effects node_policy::assigned(const proto::NodeAssignment& assignme
     return true;
   });
   for (const auto* w : changed)
-    for (const auto& [name, s] : standbys_)
-      if (s.loads_for == w->view.plan().name())
+    for (auto& [name, s] : standbys_)
+      if (s.loads_for == w->view.plan().name()) {
+        s.ready = false;
         out.emplace_back(kill_process{s.process});
+      }
   for (auto* w : changed) {
     w->gave_up = false;
     w->last_error.reset();

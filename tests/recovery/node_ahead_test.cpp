@@ -125,6 +125,8 @@ TEST_CASE("when a worker is to run other actors, who has loaded the old ones is 
   n.reassign();
   const auto done = n.done();
   CHECK(std::count(done.begin(), done.end(), "kill node-0/standby-0#1") == 1);
+  n.die("node-0/worker-0#1"); // first: the standby takes no place any more
+  CHECK(n.done().back() == "report node-0/worker-0#2 STARTING");
   n.die("node-0/standby-0#1");
   n.done();
   n.pass(node_policy::standby_pause + 1ms);
