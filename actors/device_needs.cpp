@@ -1,5 +1,6 @@
 #include "troupe/actors/device_needs.hpp"
 
+#include "troupe/actors/boundary.hpp"
 #include "troupe/model/device_size.hpp"
 #include "troupe/model/tensor_shard.hpp"
 #include "troupe/placement/plan.hpp"
@@ -34,6 +35,32 @@ placement::device_need need_of_stage(const proto::ActorPlan& stage, const proto:
                     * static_cast<std::uint64_t>(model.hidden_size);
   need.graphs = placement::graph_bytes(stage.end_layer() - stage.first_layer());
   return need;
+}
+
+/// Where a stage leaves rows on its device for the next one: even and odd incarnations.
+std::uint64_t outbox_need(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
+                          const model::model_config& model) {
+  if (stage.kind() != proto::STAGE || stage.index() + 1 >= plan.num_stages())
+    return 0;
+  return 2
+         * outbox_bytes(plan.num_stages(), plan.max_batch_tokens(),
+                        sizeof(std::uint16_t) * static_cast<std::size_t>(model.hidden_size));
+}
+
+/// What a process has of its own of what it computes with; weights and pages are the keeper's.
+placement::device_need own_part(const placement::device_need& need) {
+  placement::device_need own;
+  own.scratch = need.scratch;
+  own.graphs = need.graphs;
+  return own;
+}
+
+std::uint32_t num_gpu_workers(const proto::ClusterPlan& plan, const std::string& node) {
+  return static_cast<std::uint32_t>(
+    std::count_if(plan.workers().begin(), plan.workers().end(), [&](const auto& worker) {
+      return worker.node() == node && worker.device().starts_with("cuda:")
+             && !worker.actors().empty();
+    }));
 }
 
 placement::device_need need_of_experts(const proto::ActorPlan& group,
@@ -96,8 +123,16 @@ std::vector<planned_device> device_needs(const proto::ClusterPlan& plan,
         made.need.contexts = placement::context_bytes; // of the keeper
         found = result.insert(result.end(), std::move(made));
       }
-      found->need += device_need_of(worker.actors(), plan, model);
+      const auto need = device_need_of(worker.actors(), plan, model);
+      found->need += need;
       found->need.contexts += placement::context_bytes;
+      // Standbys load ahead, each for the worker that has fewest of them.
+      const auto num_workers = num_gpu_workers(plan, worker.node());
+      for (auto s = plan.standbys(); s > 0; s -= std::min(s, num_workers))
+        found->need += own_part(need);
+      for (const auto& actor : worker.actors())
+        if (device == placement::devices_of(worker.device()).front())
+          found->need.scratch += outbox_need(actor, plan, model);
     }
   }
   // Standbys have contexts on all GPUs of their node.

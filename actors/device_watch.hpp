@@ -30,7 +30,7 @@ class device_watch {
 public:
   using overdue_callback = std::function<void(std::chrono::nanoseconds limit)>;
 
-  static constexpr std::chrono::milliseconds look_interval{10};
+  static constexpr std::chrono::milliseconds look_interval{5};
 
   /// `on_overdue` runs on the looking thread, once. `waits` must work as long as this lives.
   device_watch(device_waits waits, overdue_callback on_overdue);

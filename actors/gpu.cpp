@@ -141,11 +141,15 @@ public:
   }
 
   expected<void> load(const std::string& actor, const std::string& content, const gpu_rank& rank,
-                      const memory::activity& pulse, const loading& load) override {
+                      weights_taken which, const memory::activity& pulse,
+                      const loading& load) override {
     for (bool may_be_filled : {true, false}) {
       auto weights = std::make_shared<kept_weights>(keeper_, device_, actor + "/weights", content);
       if (auto found = weights->find(may_be_filled); !found)
         return found;
+      if (which == weights_taken::kept_only && !weights->is_filled())
+        return fail(error_code::unavailable,
+                    fmt::format("{}: {} does not keep its weights whole", actor, name_));
       std::string why;
       auto made =
         kernels::cuda::make_cuda_ops(device_, why, pulse.counter(), weights, rank.group, rank.rank);

@@ -24,6 +24,12 @@ struct gpu_rank {
   std::int32_t rank = 0;
 };
 
+/// Which weights will do for a process.
+enum class weights_taken : std::uint8_t {
+  any,      ///< those of a predecessor, or else it brings them itself
+  kept_only ///< those that lie there whole; somebody else may be about to bring them
+};
+
 /// Memory of a GPU, in bytes.
 struct gpu_memory {
   std::uint64_t total = 0;
@@ -61,11 +67,11 @@ public:
   /// What a part of a model is loaded with: `load` is called with operations that place its
   /// weights in kept memory. `content` says which weights they are: those of another content are
   /// not taken for them. Where a predecessor has left them nothing is copied. `load` is called
-  /// again when what was left turns out to be incomplete.
+  /// again when what was left turns out to be incomplete. Of `kept_only`, errors: unavailable.
   using loading = std::function<expected<void>(std::shared_ptr<kernels::ops>)>;
   virtual expected<void> load(const std::string& actor, const std::string& content,
-                              const gpu_rank& rank, const memory::activity& pulse,
-                              const loading& load) = 0;
+                              const gpu_rank& rank, weights_taken which,
+                              const memory::activity& pulse, const loading& load) = 0;
 
   /// How operations that `load` was called with wait for this GPU, as long as they live.
   virtual device_waits waits_of(kernels::ops& loaded) const = 0;

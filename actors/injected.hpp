@@ -17,10 +17,14 @@ inline void suffer_computing(kernels::ops& ops, std::string_view actor) {
   auto fault = faults::hit(faults::point::compute, actor);
   if (!fault) [[likely]]
     return;
-  if (fault->what == faults::kind::device_error)
-    ops.break_down();
-  else
-    faults::carry_out(*fault);
+  switch (fault->what) {
+  case faults::kind::device_error: return ops.break_down(kernels::breakdown::illegal_access);
+  case faults::kind::device_misaligned:
+    return ops.break_down(kernels::breakdown::misaligned_access);
+  case faults::kind::device_trap: return ops.break_down(kernels::breakdown::trap);
+  case faults::kind::device_assert: return ops.break_down(kernels::breakdown::assertion);
+  default: faults::carry_out(*fault);
+  }
 }
 
 /// What a drill does to the control messages that an actor takes: drop, delay, duplicate,

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <random>
 #include <ranges>
 #include <utility>
@@ -35,6 +36,21 @@ constexpr auto redial_interval = 200ms;
 constexpr auto stop_grace = 1000ms;
 
 constexpr const char* controller_name = "controller";
+
+/// A process that is ready to dump the state of its GPU handles what goes wrong in its kernels by
+/// itself, within its own context (CUDA-GDB manual, "GPU core dump support"). Otherwise the driver
+/// resets channels of the GPU, and until it has, for 100 to 240 ms after an illegal access,
+/// no process computes there. Whoever has set the first of these knows better.
+std::vector<std::pair<std::string, std::string>> exceptions_stay_local(const std::string& log) {
+  constexpr const char* enabled = "CUDA_ENABLE_COREDUMP_ON_EXCEPTION";
+  if (std::getenv(enabled) != nullptr)
+    return {};
+  return {{enabled, "1"},
+          {"CUDA_COREDUMP_FILE", log + ".gpu-core"},
+          {"CUDA_COREDUMP_GENERATION_FLAGS",
+           "skip_nonrelocated_elf_images,skip_global_memory,skip_shared_memory,skip_local_memory,"
+           "skip_constbank_memory"}};
+}
 
 std::uint64_t random_seed() {
   std::random_device random;
@@ -105,7 +121,7 @@ void node_supervisor::carry_out(const policy::kill_process& what) {
 }
 
 void node_supervisor::carry_out(policy::assign& what) {
-  if (what.assignment.name().empty()) // a standby, which may have to take any worker's place
+  if (what.assignment.device().empty()) // a standby, which may have to take any worker's place
     what.assignment.set_device(fmt::format("{}", fmt::join(std::views::keys(keepers_), ",")));
   for (const auto& device : placement::devices_of(what.assignment.device()))
     if (auto keeper = keepers_.find(device); keeper != keepers_.end())
@@ -197,6 +213,8 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
     spec.life = c.watch->life();
   }
   spec.log_path = log_path_of(what.name);
+  if (!keepers_.empty() && !spec.log_path.empty())
+    spec.environment = exceptions_stay_local(spec.log_path);
   auto pid = children_->spawn(std::move(spec));
   if (!pid)
     return tl::unexpected(pid.error());

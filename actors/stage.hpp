@@ -96,6 +96,7 @@ private:
   stage_traits traits_;
   bool kv_is_damaged_ = false; ///< found in the present step
   bool input_is_lost_ = false; ///< likewise
+  bool has_computed_ = false;  ///< one step at least
   // Reused from step to step.
   std::vector<std::int32_t> tokens_, positions_, sequences_, pages_, page_offsets_, rows_,
     read_pages_;

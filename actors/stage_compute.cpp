@@ -4,6 +4,7 @@
 #include "troupe/actors/injected.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -15,6 +16,11 @@
 namespace troupe::actors {
 
 namespace {
+
+double ms_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
+    .count();
+}
 
 /// What a device has to do for a step.
 recovery::step_size size_of(const proto::RunMicroBatch& batch) {
@@ -60,8 +66,12 @@ stage_compute::behavior_type stage_compute::make_behavior() {
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
+    auto begin = std::chrono::steady_clock::now();
     auto result = work.left ? bring_to_host(work) : work_on(work);
     traits_.pulse.idle();
+    if (!std::exchange(has_computed_, true))
+      spdlog::info("{}: its first step, of {} rows, took {:.1f} ms", traits_.actor,
+                   work.batch->tokens_size(), ms_since(begin));
     for (const auto& ops : ops_)
       if (!ops->failure().empty()) {
         // Whatever came of it is worth nothing. The step is computed again by the next process.

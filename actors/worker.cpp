@@ -6,6 +6,7 @@
 #include "troupe/base/identity.hpp"
 
 #include <chrono>
+#include <utility>
 
 #include <spdlog/spdlog.h>
 #include <unistd.h>
@@ -29,11 +30,19 @@ constexpr auto farewell_time = 200ms;
 /// Pause between two attempts to reach the node.
 constexpr auto redial_interval = 200ms;
 
+double ms_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
+    .count();
+}
+
 } // namespace
 
 worker::worker(caf::actor_config& config, worker_options options,
                std::shared_ptr<std::atomic<int>> exit_code)
-  : worker_local::base(config), options_(std::move(options)), exit_code_(std::move(exit_code)) {
+  : worker_local::base(config),
+    options_(std::move(options)),
+    exit_code_(std::move(exit_code)),
+    hurry_(std::make_shared<std::atomic<bool>>(false)) {
   set_down_handler([this](caf::down_msg& down) {
     if (node_ && down.source == node_.address()) {
       // If the node were dead, so would we be: it has stalled, or the connection has.
@@ -137,13 +146,33 @@ void worker::prepare(const proto::WorkerAssignment& assignment) {
   });
 }
 
+void worker::load_ahead(const proto::WorkerAssignment& assignment) {
+  loading_ahead_ = true;
+  auto self = caf::actor_cast<worker_local>(this);
+  system().spawn<caf::detached>([self, assignment, prepared = prepared_, hurry = hurry_,
+                                 pulse = options_.pulse](caf::event_based_actor*) {
+    load_outcome outcome;
+    outcome.is_ahead = true;
+    auto begin = std::chrono::steady_clock::now();
+    if (auto ahead = actors::load_ahead(*prepared, assignment, *pulse, *hurry)) {
+      outcome.ahead = std::move(*ahead);
+      spdlog::info("has loaded what it may need, {} actors on {}, in {:.0f} ms",
+                   assignment.actors_size(), assignment.device(), ms_since(begin));
+    } else {
+      spdlog::warn("will load when it is needed: {}", ahead.error().text());
+    }
+    caf::anon_send(self, std::move(outcome));
+  });
+}
+
 void worker::load() {
   auto self = caf::actor_cast<worker_local>(this);
   system().spawn<caf::detached>([self, assigned = assignment_, prepared = prepared_,
-                                 pulse = options_.pulse](caf::event_based_actor*) {
+                                 ahead = std::exchange(ahead_, nullptr),
+                                 pulse = options_.pulse](caf::event_based_actor*) mutable {
     faults::suffer(faults::point::worker_loading);
     load_outcome outcome;
-    auto parts = load_parts(*prepared, assigned, assigned.incarnation(), *pulse);
+    auto parts = load_parts(*prepared, std::move(ahead), assigned, assigned.incarnation(), *pulse);
     faults::suffer(faults::point::worker_loaded);
     if (parts)
       outcome.parts = *parts;
@@ -159,8 +188,12 @@ void worker::take_assignment(const proto::WorkerAssignment& assignment) {
   if (assignment.name().empty()) {
     if (!preparing_)
       prepare(assignment);
+    else if (prepared_ && !loading_ahead_ && !ahead_ && !assignment.actors().empty())
+      load_ahead(assignment);
     return;
   }
+  assigned_at_ = std::chrono::steady_clock::now();
+  hurry_->store(true);
   if (options_.name != assignment.name()) {
     faults::suffer(faults::point::worker_activated);
     spdlog::info("takes the place of {} (incarnation {})", assignment.name(),
@@ -171,7 +204,7 @@ void worker::take_assignment(const proto::WorkerAssignment& assignment) {
   options_.name = assignment.name();
   options_.incarnation = assignment.incarnation();
   report(proto::LOADING, nullptr);
-  if (prepared_)
+  if (prepared_ && !loading_ahead_)
     load();
   else if (!preparing_)
     prepare(assignment);
@@ -182,6 +215,28 @@ void worker::fail_to_load(const error& why) {
   report(proto::FAILED, &why);
   exit_code_->store(exit_cannot_load);
   delayed_send(this, farewell_time, stop_atom::value);
+}
+
+void worker::take_outcome(const load_outcome& outcome) {
+  if (outcome.failure)
+    return fail_to_load(*outcome.failure);
+  if (outcome.parts) {
+    parts_ = outcome.parts;
+    start_actors();
+    take_view();
+    spdlog::info("ready {:.1f} ms after it was told what to be", ms_since(assigned_at_));
+    return report(proto::RUNNING, nullptr);
+  }
+  if (outcome.is_ahead) {
+    loading_ahead_ = false;
+    ahead_ = outcome.ahead;
+  } else {
+    prepared_ = outcome.prepared;
+  }
+  if (assignment_.name().empty())
+    report(proto::RUNNING, nullptr);
+  else
+    load();
 }
 
 worker::behavior_type worker::make_behavior() {
@@ -214,22 +269,7 @@ worker::behavior_type worker::make_behavior() {
       if (!node_)
         dial_node();
     },
-    [this](const load_outcome& outcome) {
-      if (outcome.failure) {
-        fail_to_load(*outcome.failure);
-      } else if (outcome.prepared) {
-        prepared_ = outcome.prepared;
-        if (assignment_.name().empty())
-          report(proto::RUNNING, nullptr);
-        else
-          load();
-      } else {
-        parts_ = outcome.parts;
-        start_actors();
-        take_view();
-        report(proto::RUNNING, nullptr);
-      }
-    },
+    [this](const load_outcome& outcome) { take_outcome(outcome); },
     [this](knock_atom) { options_.pulse->answered(); },
     [this](stop_atom) { quit(); },
   };

@@ -6,6 +6,7 @@
 #include "troupe/messages/serving_protocol.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -18,9 +19,11 @@ namespace troupe::actors {
 /// crash, before it is gone.
 inline constexpr int exit_restart = 3;
 
-/// What preparing or loading ended in: one of the three.
+/// What preparing or loading ended in: one of the four.
 struct load_outcome {
   std::shared_ptr<prepared_parts> prepared;
+  bool is_ahead = false;              ///< a standby has loaded what it may need
+  std::shared_ptr<parts_ahead> ahead; ///< null if that failed, which is no failure
   std::shared_ptr<worker_parts> parts;
   std::shared_ptr<const error> failure;
 };
@@ -46,12 +49,16 @@ using worker_local =
                                  caf::reacts_to<stop_atom>>;
 
 /// The root of a worker process: asks its node what to be, loads that, spawns stages and expert
-/// groups and tells them of every view. A standby is told to prepare first, and whose name and
-/// actors to take when it is needed:
+/// groups and tells them of every view. A standby is told to prepare first, on a GPU also what to
+/// load ahead, and whose name and actors to take when it is needed:
 ///
 ///     dialling --assignment without a name--> preparing --> ready --assignment--> loading -->
 ///     running
-///              --------------------------assignment------------------------------^
+///              |                                          |     ^                 ^
+///              |                                actors without a name             |
+///              |                                          v     |                 |
+///              |                                      loading ahead               |
+///              +--------------------------------assignment------------------------+
 ///
 /// Ends, and the process with it, when an actor of its dies: a worker is replaced as a whole. It
 /// also ends when a view says that another process has its name: it was taken for dead. When the
@@ -68,7 +75,9 @@ private:
   void dial_node();
   void take_assignment(const proto::WorkerAssignment& assignment);
   void prepare(const proto::WorkerAssignment& assignment);
+  void load_ahead(const proto::WorkerAssignment& assignment);
   void load();
+  void take_outcome(const load_outcome& outcome);
   void fail_to_load(const error& why);
   void start_actors();
   void take_view();
@@ -80,6 +89,10 @@ private:
   messages::node_supervisor_actor node_;
   proto::WorkerAssignment assignment_; ///< without a name until there is one to take
   bool preparing_ = false;
+  bool loading_ahead_ = false;
+  std::shared_ptr<std::atomic<bool>> hurry_; ///< of what loads ahead: somebody waits
+  std::shared_ptr<parts_ahead> ahead_;
+  std::chrono::steady_clock::time_point assigned_at_;
   std::shared_ptr<prepared_parts> prepared_;
   std::shared_ptr<worker_parts> parts_;
   std::map<std::pair<std::uint32_t, std::uint32_t>, stage_local> stages_;

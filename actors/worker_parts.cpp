@@ -22,7 +22,8 @@ struct loader {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
   std::shared_ptr<worker_parts> parts;
-  std::vector<std::shared_ptr<gpu>> gpus; ///< none on CPUs
+  std::vector<std::shared_ptr<gpu>> gpus;   ///< none on CPUs
+  const std::atomic<bool>* hurry = nullptr; ///< of a standby that loads ahead
 
   const proto::ClusterPlan& plan() const { return assignment.plan(); }
 
@@ -31,7 +32,14 @@ struct loader {
                             const gpu::loading& load) const {
     if (gpus.empty())
       return load(make_ops(pulse, plan().expert_threads(), nullptr, 0));
-    return gpus.front()->load(actor.id(), content_of(actor, 0), {}, pulse, load);
+    return gpus.front()->load(actor.id(), content_of(actor, 0), {}, weights_wanted(), pulse, load);
+  }
+
+  bool is_ahead() const { return hurry != nullptr; }
+  bool is_in_a_hurry() const { return hurry != nullptr && hurry->load(std::memory_order_relaxed); }
+
+  weights_taken weights_wanted() const {
+    return is_ahead() ? weights_taken::kept_only : weights_taken::any;
   }
 
   /// Which weights an actor has, of a rank.
@@ -76,9 +84,11 @@ struct loader {
   }
 
   /// The first worker that has these weights on a GPU finds out whether there is memory for all it
-  /// will do. Its successors have as much, and no time.
+  /// will do. Its successors have as much, and no time; but who loads ahead has time.
   bool wants_rehearsal(const kernels::ops& ops) const {
-    return !gpus.empty() && ops.reads_of_weights() != kernels::weight_reading::shapes;
+    return !gpus.empty()
+           && (is_ahead() ? !is_in_a_hurry()
+                          : ops.reads_of_weights() != kernels::weight_reading::shapes);
   }
 
   /// Before anything is read: whether the GPUs are large enough and, where nothing is kept yet that
@@ -110,6 +120,32 @@ struct loader {
                 "nvidia-smi shows who uses it");
   }
 
+  /// Beside the worker that a standby may replace: whether there is memory for both. What is kept
+  /// they share.
+  expected<void> check_memory_ahead() const {
+    const auto need = device_need_of(assignment.actors(), plan(), config);
+    for (const auto& device : gpus) {
+      const auto memory = device->memory();
+      if (!memory)
+        return tl::unexpected(memory.error());
+      if (memory->free < need.scratch + 2 * need.graphs) // the other one may still have to record
+        return fail(error_code::unavailable,
+                    fmt::format("{:.1f} GB are free on {}, too few for a standby beside its worker",
+                                static_cast<double>(memory->free) / 1e9, device->name()));
+    }
+    return {};
+  }
+
+  /// All actors of the assignment, as far as they need no peers.
+  expected<void> load_actors() {
+    for (const auto& actor : assignment.actors()) {
+      auto loaded = actor.kind() == proto::STAGE ? load_stage(actor) : load_expert_group(actor);
+      if (!loaded)
+        return loaded;
+    }
+    return {};
+  }
+
   expected<void> load_stage(const proto::ActorPlan& actor) {
     loaded_stage s;
     s.plan = actor;
@@ -117,23 +153,40 @@ struct loader {
     if (!pulsing)
       return tl::unexpected(pulsing.error());
     s.pulse = std::move(*pulsing);
-    const auto options = stage_options_of(actor, plan(), config);
-    if (auto loaded = load_ranks(s, options); !loaded)
+    if (auto loaded = load_ranks(s, stage_options_of(actor, plan(), config)); !loaded)
       return loaded;
     if (auto attached = gpus.empty() ? attach_kv(s) : map_kv(s); !attached)
       return attached;
+    if (is_ahead())
+      if (auto recorded = record_steps(*s.model); !recorded)
+        return recorded;
+    parts->stages.push_back(std::move(s));
+    return {};
+  }
+
+  expected<void> record_steps(model::stage_group& stage) const {
+    for (std::int32_t rows = 1; rows <= model::stage_model::max_recorded_rows; ++rows) {
+      if (is_in_a_hurry())
+        break;
+      if (auto recorded = stage.record_step(rows); !recorded)
+        return recorded;
+    }
+    return {};
+  }
+
+  /// What tells a stage from one that was loaded ahead.
+  expected<void> complete(loaded_stage& s) const {
     if (!gpus.empty() && plan().num_stages() > 1)
       open_boundary(s);
     if (has_device_for_itself() && !plan().unprotected())
       s.watch = std::make_shared<device_watch>(gpus.front()->waits_of(*s.ops.front()),
-                                               device_watch::end_process(actor.id()));
-    if (!options.with_local_experts) {
-      auto experts = connect_experts(s);
-      if (!experts)
-        return tl::unexpected(experts.error());
-      s.experts = std::move(*experts);
-    }
-    parts->stages.push_back(std::move(s));
+                                               device_watch::end_process(s.plan.id()));
+    if (s.model->leader().options().with_local_experts)
+      return {};
+    auto experts = connect_experts(s);
+    if (!experts)
+      return tl::unexpected(experts.error());
+    s.experts = std::move(*experts);
     return {};
   }
 
@@ -187,10 +240,10 @@ struct loader {
                               static_cast<std::int32_t>(plan().page_tokens()));
       };
       auto threads = plan().compute_threads() / static_cast<std::uint32_t>(num_ranks());
-      auto loaded = gpus.empty()
-                      ? load(make_ops(s.pulse, threads, cpus, rank))
-                      : gpus[static_cast<std::size_t>(rank)]->load(
-                        s.plan.id(), content_of(s.plan, rank), {group, rank}, s.pulse, load);
+      auto loaded = gpus.empty() ? load(make_ops(s.pulse, threads, cpus, rank))
+                                 : gpus[static_cast<std::size_t>(rank)]->load(
+                                   s.plan.id(), content_of(s.plan, rank), {group, rank},
+                                   weights_wanted(), s.pulse, load);
       if (!loaded)
         return loaded;
       s.ops.push_back(std::move(used));
@@ -225,25 +278,31 @@ struct loader {
     return {};
   }
 
+  /// A predecessor that is not gone yet may write to the other one.
+  proto::DevicePlace outbox_block(const loaded_stage& s) const {
+    proto::DevicePlace block;
+    block.set_keeper(assignment.keepers(0));
+    block.set_block(fmt::format("{}/boundary-{}", s.plan.id(), incarnation % 2));
+    block.set_block_bytes(outbox_bytes(plan().num_stages(), plan().max_batch_tokens(),
+                                       static_cast<std::size_t>(config.hidden_size)
+                                         * kernels::size_of(s.ops.front()->activation_type())));
+    return block;
+  }
+
   /// What fails here costs time and nothing else: rows go by the host.
   void open_boundary(loaded_stage& s) const {
-    proto::DevicePlace block;
-    auto element = kernels::size_of(s.ops.front()->activation_type());
-    if (!s.model->leader().is_last()) {
-      block.set_keeper(assignment.keepers(0));
-      block.set_block(s.plan.id() + "/boundary");
-      block.set_block_bytes(outbox_bytes(plan().num_stages(), plan().max_batch_tokens(),
-                                         static_cast<std::size_t>(config.hidden_size) * element));
-    }
-    auto opened = open_gpu_boundary(s.ops.front(), gpus.front()->name(),
-                                    s.model->leader().is_last() ? nullptr : &block);
+    const bool is_last = s.model->leader().is_last();
+    const auto block = is_last ? proto::DevicePlace() : outbox_block(s);
+    auto opened =
+      open_gpu_boundary(s.ops.front(), gpus.front()->name(), is_last ? nullptr : &block);
     if (!opened) {
       spdlog::warn("{}: hidden rows go by the host: {}", s.plan.id(), opened.error().text());
       return;
     }
     s.boundary = std::move(*opened);
-    if (!s.model->leader().is_last())
-      s.outbox = std::make_shared<boundary_outbox>(s.boundary, block, incarnation, element);
+    if (!is_last)
+      s.outbox = std::make_shared<boundary_outbox>(
+        s.boundary, block, incarnation, kernels::size_of(s.ops.front()->activation_type()));
   }
 
   /// Pages in the node's memory.
@@ -364,30 +423,74 @@ expected<prepared_parts> prepare_parts(const proto::WorkerAssignment& assignment
                         std::move(*gpus)};
 }
 
+expected<std::shared_ptr<parts_ahead>> load_ahead(const prepared_parts& prepared,
+                                                  const proto::WorkerAssignment& assignment,
+                                                  memory::pulse& pulse,
+                                                  const std::atomic<bool>& hurry) {
+  auto ahead = std::make_shared<parts_ahead>();
+  ahead->assignment = assignment;
+  auto gpus = choose_gpus(prepared.gpus, assignment);
+  if (!gpus)
+    return tl::unexpected(gpus.error());
+  ahead->gpus = std::move(*gpus);
+  ahead->parts = std::make_shared<worker_parts>();
+  loader l{assignment,   0,           pulse, prepared.config, prepared.weights,
+           ahead->parts, ahead->gpus, &hurry};
+  if (auto enough = l.check_memory_ahead(); !enough)
+    return tl::unexpected(enough.error());
+  if (auto loaded = l.load_actors(); !loaded)
+    return tl::unexpected(loaded.error());
+  return ahead;
+}
+
+namespace {
+
+/// Whether what was loaded ahead is what the assignment asks for.
+bool serves(const parts_ahead& ahead, const proto::WorkerAssignment& assignment) {
+  auto essence = [](proto::WorkerAssignment of) {
+    of.clear_name();
+    of.clear_incarnation();
+    of.mutable_plan()->clear_workers(); // of which others may have changed
+    return of.SerializeAsString();
+  };
+  return essence(ahead.assignment) == essence(assignment);
+}
+
+} // namespace
+
 expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
+                                                   std::shared_ptr<parts_ahead> ahead,
                                                    const proto::WorkerAssignment& assignment,
                                                    std::uint64_t incarnation,
                                                    memory::pulse& pulse) {
+  if (ahead && !serves(*ahead, assignment)) {
+    spdlog::info("what was loaded ahead is not what is asked for");
+    ahead = nullptr;
+  }
   prepared.plane->identify(assignment.name(), incarnation);
   loader l{assignment,
            incarnation,
            pulse,
            std::move(prepared.config),
            std::move(prepared.weights),
-           std::make_shared<worker_parts>(),
+           ahead ? ahead->parts : std::make_shared<worker_parts>(),
            {}};
   l.parts->plane = std::move(prepared.plane);
-  auto gpus = choose_gpus(prepared.gpus, assignment);
-  if (!gpus)
-    return tl::unexpected(gpus.error());
-  l.gpus = std::move(*gpus);
-  if (auto enough = l.check_memory(); !enough)
-    return tl::unexpected(enough.error());
-  for (const auto& actor : assignment.actors()) {
-    auto loaded = actor.kind() == proto::STAGE ? l.load_stage(actor) : l.load_expert_group(actor);
-    if (!loaded)
+  if (ahead) {
+    l.gpus = ahead->gpus;
+  } else {
+    auto gpus = choose_gpus(prepared.gpus, assignment);
+    if (!gpus)
+      return tl::unexpected(gpus.error());
+    l.gpus = std::move(*gpus);
+    if (auto enough = l.check_memory(); !enough)
+      return tl::unexpected(enough.error());
+    if (auto loaded = l.load_actors(); !loaded)
       return tl::unexpected(loaded.error());
   }
+  for (auto& s : l.parts->stages)
+    if (auto completed = l.complete(s); !completed)
+      return tl::unexpected(completed.error());
   return l.parts;
 }
 
@@ -397,7 +500,7 @@ expected<std::shared_ptr<worker_parts>> load_parts(const proto::WorkerAssignment
   auto prepared = prepare_parts(assignment);
   if (!prepared)
     return tl::unexpected(prepared.error());
-  return load_parts(std::move(*prepared), assignment, incarnation, pulse);
+  return load_parts(std::move(*prepared), nullptr, assignment, incarnation, pulse);
 }
 
 } // namespace troupe::actors

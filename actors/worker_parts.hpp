@@ -15,6 +15,7 @@
 #include "troupe/actors/remote_experts.hpp"
 #include "cluster.pb.h"
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -58,14 +59,32 @@ struct prepared_parts {
   std::vector<std::shared_ptr<gpu>> gpus; ///< none on CPUs
 };
 
+/// What a standby has loaded of the worker whose place it may take.
+struct parts_ahead {
+  proto::WorkerAssignment assignment; ///< that worker's, without a name
+  std::vector<std::shared_ptr<gpu>> gpus;
+  std::shared_ptr<worker_parts> parts; ///< without a transport; what knows peers is missing
+};
+
 /// Reads the model's configuration, maps its files, opens the transport and, where the assignment
 /// names one, the GPU. Blocks on files; call it on a thread of its own.
 expected<prepared_parts> prepare_parts(const proto::WorkerAssignment& assignment);
 
+/// For a standby, on GPUs: everything that the running worker of `assignment`, which has no name,
+/// has, but what its peers know of. Weights and KV pages are those of the keeper, and used by that
+/// worker; nothing is written there. Steps are recorded. Ends early, with less, when `hurry`
+/// becomes true. Errors: unavailable, also where there is too little memory for two. Takes up to
+/// seconds; call it on a thread of its own.
+expected<std::shared_ptr<parts_ahead>> load_ahead(const prepared_parts& prepared,
+                                                  const proto::WorkerAssignment& assignment,
+                                                  memory::pulse& pulse,
+                                                  const std::atomic<bool>& hurry);
+
 /// Reads what the assignment asks for: its actors with their weights, and the KV memory of its
-/// stages from the process that owns it. Each actor gets an activity of `pulse`. Blocks on files;
-/// call it on a thread of its own.
+/// stages from the process that owns it. Each actor gets an activity of `pulse`. What `ahead` has
+/// of that is used; null: nothing. Blocks on files; call it on a thread of its own.
 expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
+                                                   std::shared_ptr<parts_ahead> ahead,
                                                    const proto::WorkerAssignment& assignment,
                                                    std::uint64_t incarnation, memory::pulse& pulse);
 

@@ -192,6 +192,10 @@ struct sampled_token {
   float top_logprobs[kMaxLogprobs]; ///< descending; ties by lower token id
 };
 
+/// What a drill may do to a device: an access to memory that is not there, one to an address that
+/// does not fit its size, an instruction that stops the kernel, an assertion that does not hold.
+enum class breakdown : std::uint8_t { illegal_access, misaligned_access, trap, assertion };
+
 /// An object is used by one thread at a time: it keeps scratch memory between calls.
 class ops {
 public:
@@ -223,9 +227,8 @@ public:
   /// be replaced. Empty while it works.
   virtual const std::string& failure() const = 0;
 
-  /// For drills: makes the device fail. A GPU by an access to memory that is not there; a CPU says
-  /// that it has failed.
-  virtual void break_down() = 0;
+  /// For drills: makes the device fail in this way. A CPU says that it has failed.
+  virtual void break_down(breakdown how) = 0;
 
   /// Copies rows between host memory (dense, activation_type) and the device.
   virtual void copy_to_host(const rows_view& from, void* to) = 0;
@@ -384,6 +387,11 @@ public:
                     const batch_view& /*batch*/, const std::function<void()>& work) {
     work();
   }
+
+  /// From a call with true to one with false, `step` computes nothing: it makes ready what a later
+  /// call with the same key repeats. Scratch memory has to have its size by then, as after
+  /// `rehearse`. False, and nothing has changed: the device does not repeat steps.
+  virtual bool record_only(bool /*on*/) { return false; }
 
   /// One token a row of logits [rows, vocabulary], always float32. Temperature, then
   /// min_p (relative to the best token), then top_k, then top_p narrow the distribution,

@@ -27,7 +27,7 @@ public:
 
   const char* description() const override { return description_.c_str(); }
   const std::string& failure() const override { return failure_; }
-  void break_down() override { failure_ = "a drill broke the device"; }
+  void break_down(breakdown) override { failure_ = "a drill broke the device"; }
   element_type activation_type() const override { return element_type::f32; }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
   weight_matrix place(const weight_matrix& weight, weight_use) override { return weight; }

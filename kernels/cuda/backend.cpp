@@ -138,10 +138,10 @@ void cuda_ops::synchronise() {
   tick();
 }
 
-void cuda_ops::break_down() {
+void cuda_ops::break_down(breakdown how) {
   if (begin()) {
-    launch_illegal_access(stream_);
-    launched("an illegal access");
+    launch_break_down(stream_, how, flag_.get());
+    launched("breaking down");
     synchronise();
   }
 }
@@ -386,7 +386,9 @@ void cuda_ops::step(const step_key& key, std::span<const std::int32_t> ids, cons
                     const std::function<void()>& work) {
   const trace range("step");
   if (!records_steps_ || key.num_rows > kMixedRows || gpu_.is_recording() || !begin(key.num_rows)) {
-    work();
+    if (!records_only_) {
+      work();
+    }
     return;
   }
   if (!ids.empty()) {
@@ -396,7 +398,9 @@ void cuda_ops::step(const step_key& key, std::span<const std::int32_t> ids, cons
   sequences_.place(batch.sequences);
   tables_.place(batch.block_tables);
   offsets_.place(batch.block_table_offsets);
-  if (gpu_.ok()) {
+  if (gpu_.ok() && records_only_) {
+    steps_.prepare(key, work);
+  } else if (gpu_.ok()) {
     steps_.compute(key, work);
   }
 }

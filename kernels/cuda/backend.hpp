@@ -88,6 +88,10 @@ public:
                const mixture_scratch& scratch, const rows_view& out) override;
   void step(const step_key& key, std::span<const std::int32_t> ids, const batch_view& batch,
             const std::function<void()>& work) override;
+  bool record_only(bool on) override {
+    records_only_ = on && records_steps_;
+    return records_steps_;
+  }
   void sample(const rows_view& logits, std::span<const sampling_params> params,
               std::span<sampled_token> out) override;
   bool all_finite(const rows_view& x) override;
@@ -96,7 +100,7 @@ public:
   const std::atomic<std::uint64_t>& current_wait() const override { return gpu_.current_wait(); }
   std::chrono::nanoseconds take_longest_wait() override { return gpu_.take_longest_wait(); }
   const std::string& failure() const override { return gpu_.failure(); }
-  void break_down() override;
+  void break_down(breakdown how) override;
   device_memory memory() const override;
   bool has_run_out() const override { return gpu_.has_run_out(); }
   void* stream() const override { return stream_; }
@@ -200,6 +204,7 @@ private:
   std::vector<std::int32_t> banned_;
   recorded_steps steps_;
   bool records_steps_;
+  bool records_only_ = false;
 };
 
 } // namespace troupe::kernels::cuda

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <functional>
 
+#include "troupe/kernels/cuda/exceptions.hpp"
+
 namespace troupe::kernels::cuda {
 
 namespace {
@@ -69,6 +71,9 @@ bool context::synchronise() {
   const auto queue = stream();
   const auto begin = std::chrono::steady_clock::now();
   current_wait_.store(++num_waits_, std::memory_order_relaxed);
+  if (are_exceptions_local()) {
+    launch_nothing(queue);
+  }
   const auto status = cudaStreamSynchronize(queue);
   current_wait_.store(0, std::memory_order_relaxed);
   longest_wait_ =

@@ -78,10 +78,9 @@ void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bi
 void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
                     const float* weights, std::int32_t top_k, const rows_of_bf16& shared,
                     const rows_of_bf16& out);
+/// Does what no context survives, for drills. `memory`: some that there is, 8 bytes at least.
+void launch_break_down(cudaStream_t stream, breakdown how, void* memory);
 /// Sets *found to 1 where a value is not finite.
-/// Writes where there is no memory, which no context survives. For drills.
-void launch_illegal_access(cudaStream_t stream);
-
 void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found);
 /// Copies whole pieces of 16 bytes: what the memory can do, for measuring.
 void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes);

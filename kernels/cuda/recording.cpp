@@ -65,6 +65,21 @@ void recorded_steps::compute(const step_key& key, const std::function<void()>& w
   gpu_.check(cudaGraphLaunch(one.graph, gpu_.stream()), "a recorded step");
 }
 
+void recorded_steps::prepare(const step_key& key, const std::function<void()>& work) {
+  auto* known = find(key);
+  auto& one = known != nullptr ? *known : add(key);
+  one.last_use = ++num_uses_;
+  if (one.cannot_be_recorded || (one.graph != nullptr && one.generation == gpu_.generation())) {
+    return;
+  }
+  drop_graph(one);
+  one.cannot_be_recorded = !record(one, work);
+  if (one.graph != nullptr) {
+    // Or its first launch would bring it to the device.
+    gpu_.check(cudaGraphUpload(one.graph, gpu_.stream()), "uploading a recorded step");
+  }
+}
+
 /// False, with a warning, if it cannot be done. Nothing has been computed either way.
 bool recorded_steps::record(entry& one, const std::function<void()>& work) {
   const auto stream = gpu_.stream();

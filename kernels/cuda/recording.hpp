@@ -27,6 +27,9 @@ public:
   /// What ids and batch hold has to be in device memory already.
   void compute(const step_key& key, const std::function<void()>& work);
 
+  /// Records a step that was not recorded yet, and computes nothing.
+  void prepare(const step_key& key, const std::function<void()>& work);
+
   /// How many steps were repeated without calling `work`.
   std::uint64_t num_repeated() const { return num_repeated_; }
 

@@ -34,9 +34,11 @@ constexpr std::array<std::string_view, num_points> point_names{
   "node.exit_seen", "controller.fencing", "frontend.replaying"};
 
 constexpr std::array<std::string_view, num_kinds> kind_names{
-  "none",        "drop",        "delay",     "duplicate", "reorder",     "corrupt",  "truncate",
-  "wrong_epoch", "fail",        "busy_loop", "deadlock",  "poison",      "flip_bit", "no_space",
-  "io_error",    "short_write", "exit",      "crash",     "device_error"};
+  "none",        "drop",         "delay",       "duplicate",    "reorder",
+  "corrupt",     "truncate",     "wrong_epoch", "fail",         "busy_loop",
+  "deadlock",    "poison",       "flip_bit",    "no_space",     "io_error",
+  "short_write", "exit",         "crash",       "device_error", "device_misaligned",
+  "device_trap", "device_assert"};
 
 template <class Enum, std::size_t N>
 std::optional<Enum> named(const std::array<std::string_view, N>& names, std::string_view name) {

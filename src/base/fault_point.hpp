@@ -26,7 +26,7 @@ enum class point : std::uint8_t {
   message_reply,   ///< the effect is there and the answer leaves: drop
   connect,         ///< a control connection is dialled (the peer is its address): fail
   compute,         ///< a stage or expert group begins a computation: busy_loop, deadlock, delay,
-                   ///< device_error
+                   ///< device_error and the other failures of a device
   activation,      ///< what it computed: poison (NaN), flip_bit
   kv_pages,        ///< before a stage reads its KV pages: flip_bit
   allocation,      ///< memory for tensors or KV: fail
@@ -61,11 +61,14 @@ enum class kind : std::uint8_t {
   no_space,
   io_error,
   short_write,
-  exit,         ///< ends with exit code 3
-  crash,        ///< SIGSEGV
-  device_error, ///< an illegal access on a GPU, after which the process cannot use it any more
+  exit,              ///< ends with exit code 3
+  crash,             ///< SIGSEGV
+  device_error,      ///< an illegal access on a GPU, after which the process cannot use it any more
+  device_misaligned, ///< the same, by an access to an address that does not fit its size
+  device_trap,       ///< by an instruction that stops the kernel
+  device_assert,     ///< by an assertion that does not hold
 };
-inline constexpr std::size_t num_kinds = 19;
+inline constexpr std::size_t num_kinds = 22;
 
 std::string_view to_string(point where);
 std::string_view to_string(kind what);

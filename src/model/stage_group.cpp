@@ -26,6 +26,13 @@ void stage_group::attach_kv(std::span<void* const> of_ranks, std::int32_t num_pa
     ranks_[rank]->attach_kv(of_ranks[rank], num_pages, page_tokens);
 }
 
+expected<void> stage_group::record_step(std::int32_t num_rows) {
+  for (auto& rank : ranks_)
+    if (auto recorded = rank->record_step(num_rows); !recorded)
+      return recorded;
+  return {};
+}
+
 expected<kernels::rows_view> stage_group::forward(const stage_input& input) {
   if (followers_.empty())
     return leader().forward(input);

@@ -43,6 +43,9 @@ public:
   /// Gives each rank its KV memory, as stage_model::attach_kv.
   void attach_kv(std::span<void* const> of_ranks, std::int32_t num_pages, std::int32_t page_tokens);
 
+  /// As stage_model::record_step, on all ranks, one after the other.
+  expected<void> record_step(std::int32_t num_rows);
+
   /// As stage_model::forward, on all ranks: the rows of rank 0, or the error of the first rank that
   /// has one.
   expected<kernels::rows_view> forward(const stage_input& input);

@@ -120,6 +120,13 @@ public:
   /// Errors: resource_exhausted; internal with the failure of the device.
   expected<void> rehearse(std::int32_t num_pages, std::int32_t page_tokens);
 
+  /// Makes the device ready to compute steps of so many rows, where it repeats steps and computes
+  /// all of them alone; nothing is computed, and KV memory is left as it is. After `rehearse`, with
+  /// KV memory. Errors: internal with the failure of the device.
+  expected<void> record_step(std::int32_t num_rows);
+  /// Most rows of a step that a device repeats.
+  static constexpr std::int32_t max_recorded_rows = 64;
+
   /// Computes the layers. The result [rows, hidden] is on the device and valid until the next
   /// call. Errors: invalid_request for tokens, positions or pages out of range; internal for
   /// no or too many rows and for values that are not finite; whatever the exchange returns.

@@ -11,9 +11,6 @@ namespace troupe::model {
 
 namespace {
 
-/// Rows up to which devices may compute a step in another way than larger ones.
-constexpr std::int32_t kFewRows = 64;
-
 /// An exchange behind which nobody computes.
 class no_experts final : public expert_exchange {
 public:
@@ -54,12 +51,30 @@ expected<void> stage_model::rehearse(std::int32_t num_pages, std::int32_t page_t
   ops_.rehearse(true);
   attach_kv(pages.get(), 1, page_tokens);
   expected<void> result;
-  for (const auto num_rows : {options_.max_rows, std::min(options_.max_rows, kFewRows), 1})
+  for (const auto num_rows : {options_.max_rows, std::min(options_.max_rows, max_recorded_rows), 1})
     if (result)
       result = rehearse_step(num_rows, num_pages);
   attach_kv(nullptr, 0, 0);
   num_rows_ = 0;
   ops_.rehearse(false);
+  if (result && !ops_.failure().empty())
+    return fail(error_code::internal, ops_.failure());
+  return result;
+}
+
+expected<void> stage_model::record_step(std::int32_t num_rows) {
+  if (kv_ == nullptr || num_rows > options_.max_rows || !options_.with_local_experts)
+    return {};
+  if (!ops_.record_only(true))
+    return {};
+  const rehearsed_batch batch(num_rows, config_.vocab_size, page_tokens_, 1);
+  stage_input input;
+  input.tokens = batch.tokens;
+  input.batch = batch.view();
+  const auto view = hidden_.view(num_rows);
+  const auto compute = [&] { return compute_layers(input, view); };
+  auto result = compute_step(step_id_, input.tokens, input.batch, nullptr, std::ref(compute));
+  ops_.record_only(false);
   if (result && !ops_.failure().empty())
     return fail(error_code::internal, ops_.failure());
   return result;

@@ -94,7 +94,7 @@ void node_policy::add_standbys(google::protobuf::RepeatedPtrField<proto::Standby
     auto* view = to.Add();
     view->set_name(name);
     view->set_pid(s.pid);
-    view->set_state(s.ready ? proto::RUNNING : proto::STARTING);
+    view->set_state(!s.ready ? proto::STARTING : s.is_loading ? proto::LOADING : proto::RUNNING);
   }
 }
 
@@ -128,6 +128,12 @@ node_policy::effects node_policy::assigned(const proto::NodeAssignment& assignme
     out.emplace_back(drop_memory{entry.first});
     return true;
   });
+  for (const auto* w : changed)
+    for (auto& [name, s] : standbys_)
+      if (s.loads_for == w->view.plan().name()) {
+        s.ready = false;
+        out.emplace_back(kill_process{s.process});
+      }
   for (auto* w : changed) {
     w->gave_up = false;
     w->last_error.reset();
@@ -238,11 +244,13 @@ bool node_policy::needs_predecessor_gone(const worker& w, bool is_new_process) c
   if (w.ending.empty() || !w.view.plan().device().starts_with("cuda:"))
     return false;
   const auto& actors = w.view.plan().actors();
-  bool was_stuck =
-    std::any_of(w.ending.begin(), w.ending.end(), [](const auto& e) { return e.second; });
-  bool shares_memory = std::any_of(actors.begin(), actors.end(), [&](const auto& a) {
-    bool leaves_rows = a.index() + 1 < plan_.num_stages();
-    return a.kind() == proto::STAGE && (was_stuck || leaves_rows || plan_.draft_tokens() > 0);
+  const bool shares_memory = std::any_of(w.ending.begin(), w.ending.end(), [&](const auto& e) {
+    const bool same_outbox = e.second.incarnation % 2 == w.view.incarnation() % 2;
+    return std::any_of(actors.begin(), actors.end(), [&](const auto& a) {
+      const bool leaves_rows = a.index() + 1 < plan_.num_stages();
+      return a.kind() == proto::STAGE
+             && (e.second.was_stuck || plan_.draft_tokens() > 0 || (leaves_rows && same_outbox));
+    });
   });
   return is_new_process || shares_memory;
 }
@@ -256,8 +264,7 @@ void node_policy::start(worker& w, effects& out) {
   w.is_connected = false;
   w.retry.reset();
   const auto& name = w.view.plan().name();
-  auto ready =
-    std::find_if(standbys_.begin(), standbys_.end(), [](const auto& s) { return s.second.ready; });
+  auto ready = standby_for(name);
   w.awaits_end = needs_predecessor_gone(w, ready == standbys_.end());
   if (ready == standbys_.end()) {
     w.process = process_name_of(name, w.view.incarnation());
@@ -302,6 +309,52 @@ node_policy::effects node_policy::not_started(const std::string& process, const 
     lose(*w, {why.cause, "exit", now, false}, now, out);
   }
   return out;
+}
+
+/// The one that has least to do yet.
+std::map<std::string, node_policy::standby>::iterator
+node_policy::standby_for(const std::string& worker) {
+  auto work_left = [&](const standby& s) {
+    if (s.loads_for == worker)
+      return s.is_loading ? 1 : 0;
+    return s.loads_for.empty() ? 2 : 3;
+  };
+  auto best = standbys_.end();
+  for (auto s = standbys_.begin(); s != standbys_.end(); ++s)
+    if (s->second.ready
+        && (best == standbys_.end() || work_left(s->second) < work_left(best->second)))
+      best = s;
+  return best;
+}
+
+/// Weights are there only once a worker runs.
+void node_policy::load_ahead(effects& out) {
+  for (auto& [name, s] : standbys_) {
+    if (!s.ready || !s.loads_for.empty())
+      continue;
+    const worker* chosen = nullptr;
+    std::ptrdiff_t fewest = 0;
+    for (const auto& [of, w] : workers_) {
+      if (w.view.state() != proto::RUNNING || !w.process || w.replacing
+          || !w.view.plan().device().starts_with("cuda:"))
+        continue;
+      auto others = std::count_if(standbys_.begin(), standbys_.end(), [&of = of](const auto& one) {
+        return one.second.loads_for == of;
+      });
+      if (chosen == nullptr || others < fewest) {
+        chosen = &w;
+        fewest = others;
+      }
+    }
+    if (chosen == nullptr)
+      return;
+    s.loads_for = chosen->view.plan().name();
+    s.is_loading = true;
+    auto assignment = assignment_of(*chosen);
+    assignment.clear_name();
+    assignment.clear_incarnation();
+    out.emplace_back(assign{s.process, std::move(assignment)});
+  }
 }
 
 /// One at a time, so that a system that starts no process is asked once.
@@ -349,11 +402,15 @@ node_policy::effects node_policy::process_connected(const std::string& process) 
 
 void node_policy::take_standby_report(const std::string& name, const proto::WorkerView& said,
                                       effects& out) {
-  standbys_.at(name).ready = said.state() == proto::RUNNING;
-  if (said.state() == proto::FAILED)
+  auto& s = standbys_.at(name);
+  s.ready = said.state() == proto::RUNNING;
+  s.is_loading = false;
+  if (said.state() == proto::FAILED) {
     out.emplace_back(note{true, fmt::format("{}: {}", name, from_proto(said.error()).text())});
-  else
-    say_hello(out); // which tells of the standbys
+    return;
+  }
+  load_ahead(out);
+  say_hello(out); // which tells of the standbys
 }
 
 node_policy::effects node_policy::process_reported(const proto::WorkerReport& report_of_it) {
@@ -382,8 +439,10 @@ node_policy::effects node_policy::process_reported(const proto::WorkerReport& re
   w.view.set_port(said.port());
   w.view.set_transport_address(said.transport_address());
   report(w, {}, out);
-  if (said.state() == proto::RUNNING)
+  if (said.state() == proto::RUNNING) {
     keep_standbys(out);
+    load_ahead(out);
+  }
   return out;
 }
 
@@ -430,7 +489,7 @@ node_policy::effects node_policy::process_ending(const process_end& end, time_po
     return process_exited(end, now); // nobody takes the place of a standby
   if (w->replacing)
     return {}; // what it has may be too much beside what its successor is to have
-  w->ending.emplace(end.process, !end.verdict.empty());
+  w->ending.emplace(end.process, ending_process{w->view.incarnation(), !end.verdict.empty()});
   return process_lost(*w, end, now);
 }
 

@@ -37,12 +37,17 @@ namespace troupe::recovery {
 /// is told at once, or, in four cases that concern a GPU, when the predecessor is gone: a new
 /// process needs a part of the GPU's memory; with drafts, what the predecessor's last step still
 /// writes there (rows of drafts that were wrong) may differ from what the successor's next one
-/// writes to the same place; so may the rows that it leaves on the device for the next stage; and
-/// who did not get on may not stop writing for long.
+/// writes to the same place; so may the rows for the next stage, for which even and odd
+/// incarnations have a place each; and who did not get on may not stop writing for long.
 ///
 /// An error that no restart can cure leads to FAILED, too; only another assignment leads out of it.
 /// A worker that runs when other actors are assigned is killed first and begins when it is gone.
 /// What a process says is believed only while it is the worker's process, under its incarnation.
+///
+/// A standby of a node with GPUs loads ahead what a worker that runs there has, each the worker
+/// that has fewest of them, so that little is left to do when it takes that place. It may have to
+/// take another's. When that worker is to run other actors, the standby is killed and replaced:
+/// what it maps has to go.
 ///
 /// A process is named once, as it is started ("node-0/worker-1#7", its name and incarnation), and
 /// keeps that name here also when it is a standby that has become a worker.
@@ -140,6 +145,10 @@ public:
   const proto::ClusterView& view() const { return view_; }
 
 private:
+  struct ending_process {
+    std::uint64_t incarnation = 0;
+    bool was_stuck = false; ///< and killed for it
+  };
   struct worker {
     explicit worker(restart_policy policy) : restarts(policy) {}
     proto::WorkerView view;
@@ -150,15 +159,16 @@ private:
     std::optional<time_point> retry; ///< when to try again to start it
     bool awaits_memory = false;
     bool gave_up = false;
-    bool replacing = false; ///< killed because it is to run other actors
-    std::map<std::string, bool>
-      ending;                ///< predecessors that are not gone yet, and if one was killed as stuck
-    bool awaits_end = false; ///< of those; it is not told what to run before
+    bool replacing = false;                       ///< killed because it is to run other actors
+    std::map<std::string, ending_process> ending; ///< predecessors that are not gone yet
+    bool awaits_end = false;                      ///< of those; it is not told what to run before
   };
   struct standby {
     std::string process;
-    std::uint32_t pid = 0; ///< 0: just being started
-    bool ready = false;
+    std::uint32_t pid = 0;   ///< 0: just being started
+    bool ready = false;      ///< it can take a place
+    std::string loads_for;   ///< the worker whose actors it has loaded ahead; empty: none
+    bool is_loading = false; ///< those
   };
   /// What is known of a loss.
   struct loss {
@@ -176,6 +186,8 @@ private:
   effects process_lost(worker& w, const process_end& end, time_point now);
   void give_up(worker& w, const error& why, effects& out);
   void keep_standbys(effects& out);
+  void load_ahead(effects& out);
+  std::map<std::string, standby>::iterator standby_for(const std::string& worker);
   void report(const worker& w, proto::WorkerChanged change, effects& out);
   void say_hello(effects& out);
   void take_standby_report(const std::string& name, const proto::WorkerView& said, effects& out);

@@ -15,7 +15,7 @@ struct step_size {
 };
 
 /// How long a process may wait for its device within a step before the device is taken for dead:
-/// four times the longest wait of late in steps of about that size, at least 40 ms. Nothing is
+/// four times the longest wait of late in steps of about that size, at least 20 ms. Nothing is
 /// known, and nobody judged, before a number of such steps have been seen. Pure.
 ///
 /// Sizes are alike where rows and positions have as many binary digits. What a step costs beyond
@@ -23,7 +23,7 @@ struct step_size {
 /// factor. Waits are measured, not steps: what the host does meanwhile, such as recording, is none.
 class step_patience {
 public:
-  static constexpr std::chrono::nanoseconds least = std::chrono::milliseconds(40);
+  static constexpr std::chrono::nanoseconds least = std::chrono::milliseconds(20);
   static constexpr int factor = 4;
   /// Of one size, to begin with; the first ones load code and find clocks low.
   static constexpr std::uint32_t num_to_learn = 16;

@@ -1,5 +1,7 @@
 #include "troupe/actors/device_needs.hpp"
 
+#include "troupe/actors/boundary.hpp"
+
 #include "troupe/actors/cluster_plan.hpp"
 
 #include <catch2/catch.hpp>
@@ -58,13 +60,32 @@ TEST_CASE("every GPU of a plan needs what its actors need, and contexts beside")
     CHECK(expected.scratch > 0);
     CHECK(expected.kv_pages == plan.workers(static_cast<int>(i)).actors(0).kv_bytes());
     expected.contexts = 2 * placement::context_bytes;
+    if (i == 0) // rows for the next stage
+      expected.scratch +=
+        2 * actors::outbox_bytes(2, plan.max_batch_tokens(), 2 * model.hidden_size);
     CHECK(needs[i].need == expected);
   }
-  // A standby has a context on each of them.
-  cluster.recovery.standbys = 1;
-  CHECK(device_needs(plan_of(cluster), model)[1].need.contexts == 3 * placement::context_bytes);
-  cluster.recovery.standbys = 3;
-  CHECK(device_needs(plan_of(cluster), model)[0].need.contexts == 5 * placement::context_bytes);
+}
+
+TEST_CASE("a standby has a context on every GPU of its node, and loads ahead for one worker") {
+  const auto model = small_model();
+  auto cluster = two_gpus(2, 0);
+  const auto without = device_needs(plan_of(cluster), model);
+  // How often each GPU may have what its worker has of its own.
+  for (const auto& [standbys, times] : {std::pair{1, 2U}, {2, 2U}, {3, 3U}}) {
+    cluster.recovery.standbys = standbys;
+    const auto plan = plan_of(cluster);
+    const auto needs = device_needs(plan, model);
+    for (std::size_t i = 0; i < 2; ++i) {
+      const auto worker =
+        actors::device_need_of(plan.workers(static_cast<int>(i)).actors(), plan, model);
+      auto expected = without[i].need;
+      expected.contexts += standbys * placement::context_bytes;
+      expected.scratch += (times - 1) * worker.scratch;
+      expected.graphs += (times - 1) * worker.graphs;
+      CHECK(needs[i].need == expected);
+    }
+  }
 }
 
 TEST_CASE("devices that are one GPU need what all of them need; spares and CPUs need nothing") {

@@ -103,7 +103,7 @@ private:
 struct layout {
   std::vector<std::int32_t> stage_ends;
   std::int32_t num_groups = 0;
-  bool rehearses = false; ///< before it has KV memory
+  bool rehearses = false; ///< before it has KV memory, and records steps when it has
 };
 
 /// Consecutive tokens of one sequence.
@@ -162,6 +162,9 @@ public:
       }
       auto& stage = stages.emplace_back(std::make_unique<stage_group>(std::move(models)));
       stage->attach_kv(kv, num_pages, page_tokens);
+      if (how.rehearses)
+        for (std::int32_t rows = 1; rows <= 8; ++rows)
+          REQUIRE(stage->record_step(rows));
       first = end;
     }
   }

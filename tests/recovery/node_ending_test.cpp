@@ -108,10 +108,6 @@ TEST_CASE("on a GPU some are told what to run when their predecessor is gone") {
     n = running_on_gpu(1, 2);
     n.end("node-0/worker-0#1");
   }
-  SECTION("standbys, where another stage takes rows from the device") {
-    n = running_on_gpu(1, 0, 2);
-    n.end("node-0/worker-0#1");
-  }
   SECTION("standbys, where it was stuck") {
     n = running_on_gpu(1);
     n.end("node-0/worker-0#1", "no beat for 812 ms");
@@ -127,6 +123,32 @@ TEST_CASE("on a GPU some are told what to run when their predecessor is gone") {
   CHECK(n.done() == told);
   n.die("node-0/worker-0#1");
   CHECK(n.done().empty());
+}
+
+TEST_CASE("rows for the next stage have two places, so that every other incarnation has to wait") {
+  auto n = running_on_gpu(3, 0, 2);
+  auto assigned = [&](std::uint64_t incarnation) {
+    auto done = n.done();
+    return std::any_of(done.begin(), done.end(), [&](const auto& step) {
+      return step.find(fmt::format("as node-0/worker-0#{} ", incarnation)) != std::string::npos;
+    });
+  };
+  n.end("node-0/worker-0#1");
+  CHECK(assigned(2));
+  n.end("node-0/standby-0#1"); // the second
+  CHECK_FALSE(assigned(3));
+  SECTION("for the one before the last") {
+    n.die("node-0/standby-0#1");
+    CHECK_FALSE(assigned(3));
+    n.die("node-0/worker-0#1");
+    CHECK(assigned(3));
+  }
+  SECTION("and no longer than for the last") {
+    n.die("node-0/worker-0#1");
+    CHECK_FALSE(assigned(3));
+    n.die("node-0/standby-0#1");
+    CHECK(assigned(3));
+  }
 }
 
 TEST_CASE("a standby of one that has given its GPU up begins at once") {

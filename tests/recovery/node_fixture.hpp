@@ -63,7 +63,7 @@ struct node {
       actors += " " + actor.id();
     if (!a.device().empty())
       actors += " on " + a.device();
-    log.push_back(a.name().empty() ? "prepare " + what.process
+    log.push_back(a.name().empty() ? fmt::format("prepare {}{}", what.process, actors)
                                    : fmt::format("assign {} as {}#{}{}", what.process, a.name(),
                                                  a.incarnation(), actors));
   }
@@ -216,6 +216,8 @@ inline node running_on_gpu(std::uint32_t num_standbys, std::uint32_t draft_token
   for (std::uint32_t i = 0; i < num_standbys; ++i)
     n.make_ready("node-0/standby-" + std::to_string(i));
   n.run_worker();
+  for (std::uint32_t i = 0; i < num_standbys; ++i)
+    n.say("node-0/standby-" + std::to_string(i), 1, proto::RUNNING); // it has loaded ahead
   n.done();
   return n;
 }

@@ -35,13 +35,13 @@ TEST_CASE("nobody is judged before enough steps of about that size were seen") {
 TEST_CASE("a limit is four times the longest wait of late, and never short") {
   step_patience patience;
   learn(patience, decode, 1ms);
-  CHECK(patience.limit(decode) == 40ms);
+  CHECK(patience.limit(decode) == 20ms);
   patience.computed(decode, 30ms);
   CHECK(patience.limit(decode) == 120ms);
   learn(patience, decode, 1ms, 64);
   CHECK(patience.limit(decode) == 120ms); // one of the last 64 to 128
   learn(patience, decode, 1ms, 64);
-  CHECK(patience.limit(decode) == 40ms);
+  CHECK(patience.limit(decode) == 20ms);
 }
 
 TEST_CASE("sizes beyond all bounds are known as the largest") {

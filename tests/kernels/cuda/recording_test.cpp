@@ -169,6 +169,31 @@ private:
 
 } // namespace
 
+TEST_CASE("a step that is only recorded computes nothing, and is repeated from then on") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(47);
+  toy_model model(random);
+  const auto known = random_batch(64, random);
+  const auto before = model.step(known); // scratch memory has its size
+  REQUIRE(model.ops().record_only(true));
+  for (const int rows : {5, 64, 5}) {
+    const auto batch = random_batch(rows, random);
+    model.ops().step({1, rows}, batch.ids, batch.view(), [&] { model.queue(batch); });
+  }
+  model.ops().record_only(false);
+  CHECK(same_bits(model.read(64), before));
+  CHECK(model.ops().num_repeated_steps() == 0);
+  std::uint64_t repeated = 0;
+  for (const int rows : {5, 64}) {
+    const auto batch = random_batch(rows, random);
+    const auto got = model.step(batch);
+    CHECK(model.ops().num_repeated_steps() == ++repeated);
+    CHECK(same_bits(got, model.compute(batch)));
+  }
+}
+
 TEST_CASE("a step that is repeated computes what it is given then") {
   if (gpu() == nullptr) {
     return;
