@@ -168,6 +168,13 @@ TEST_CASE("tokens of R1's vocabulary are drawn as the reference draws them", "[l
   }
 }
 
+TEST_CASE("tokens of a vocabulary beyond shared memory are drawn as the reference draws them",
+          "[large]") {
+  if (gpu() != nullptr) {
+    check_tokens({400003});
+  }
+}
+
 TEST_CASE("where nothing may be drawn, nothing is") {
   if (gpu() == nullptr) {
     return;

@@ -106,6 +106,47 @@ TEST_CASE("weights made by the GPU are those of the host, bit by bit") {
   CHECK(gpu()->failure().empty());
 }
 
+TEST_CASE("weights that the GPU rounds to 8 bit are those of the host, bit by bit") {
+  if (gpu() == nullptr)
+    return;
+  // Made up, brought, and of every wider type.
+  auto source = source_of(nlohmann::json());
+  const auto made = find(source, {}, kDown, 384, 200, weight_loading::recipe);
+  const auto stored = find(source, {}, kDown, 384, 200, weight_loading::load);
+  const auto narrow = [](const weight_matrix& w) {
+    const auto on_host = kernel_tests::reference().place(w, weight_use::int8_product);
+    REQUIRE(on_host.type == element_type::i8);
+    return gpu()->place(on_host);
+  };
+  const auto placed = gpu()->place(made.view(), weight_use::int8_product);
+  CHECK(placed.type == element_type::i8);
+  CHECK(same(placed, narrow(stored.view())));
+  CHECK(same(gpu()->place(stored.view(), weight_use::int8_product), placed));
+  std::mt19937 random(8);
+  for (const auto type : {element_type::f32, element_type::bf16, element_type::f16})
+    for (const auto& [rows, cols] : {std::pair{40, 384}, {33, 200}, {5, 72}}) {
+      const auto w = kernel_tests::random_weight(type, rows, cols, random);
+      CAPTURE(int(type), rows, cols);
+      CHECK(same(gpu()->place(w.view, weight_use::int8_product), narrow(w.view)));
+    }
+  // What has scales already stays as it is.
+  const auto quantised = kernel_tests::random_weight(element_type::f8_e4m3, 64, 256, random, true);
+  CHECK(gpu()->place(quantised.view, weight_use::int8_product).type == element_type::f8_e4m3);
+  CHECK(gpu()->failure().empty());
+}
+
+TEST_CASE("a large weight that the GPU rounds in parts is whole", "[large]") {
+  if (gpu() == nullptr)
+    return;
+  auto source = source_of({}, 300, 1024, 70000);
+  const auto made = find(source, {}, kUp, 70000, 1024, weight_loading::recipe);
+  const auto stored = find(source, {}, kUp, 70000, 1024, weight_loading::load);
+  const auto on_host = kernel_tests::reference().place(stored.view(), weight_use::int8_product);
+  const auto placed = gpu()->place(made.view(), weight_use::int8_product);
+  CHECK(same(placed, gpu()->place(on_host)));
+  CHECK(same(placed, gpu()->place(stored.view(), weight_use::int8_product)));
+}
+
 TEST_CASE("large weights made or brought in parts are whole", "[large]") {
   if (gpu() == nullptr)
     return;
