@@ -21,9 +21,9 @@ constexpr int kListSize = 1024; ///< one for each thread
 constexpr int kLists = 8;       ///< more than are made for a row
 constexpr int kFewListed = 32;  ///< in a list that is looked through as it is
 
-/// Bins of a block, and threads that add one of them up over all blocks.
+/// Bins that a block adds up over all blocks: two for each of 64 threads for each block.
 constexpr int kBinsOfBlock = kBins / kBlocks;
-constexpr int kAdders = kThreads / kBinsOfBlock;
+static_assert(kBinsOfBlock * kBlocks == 2 * kThreads && kBinsOfBlock == 2 * 64);
 
 /// Probabilities relative to the best token are counted in units of 2^-40, as whole numbers: their
 /// sums do not depend on the order in which they are made. What is less than half a unit is never
@@ -36,18 +36,27 @@ constexpr std::int32_t kMostCached = 20 << 10;
 
 struct draw_memory {
   count64 block[kThreads / 32];
-  count64 ranks[kListSize]; ///< of the first block: candidates of one bin, from all blocks
-  count64 amounts[kListSize];
-  count64 merged[kBins]; ///< the bins of all blocks
-  std::uint32_t low[kBins];
-  std::uint32_t high[kBins];
+  count64 room[2 * kListSize]; ///< for a list and for bins on their way, in turn
+  alignas(16) count64 sums[kBinsOfBlock];
+  alignas(16) count64 merged[kBins]; ///< the bins of all blocks
+  alignas(16) std::uint32_t low[kBins];
+  alignas(16) std::uint32_t high[kBins];
   std::int32_t list_sizes[kLists]; ///< of the first block
   count64 totals[2][kBlocks];
+  std::int32_t first_place;
   std::int32_t bin;
   count64 before; ///< what the bins before `bin` hold
   count64 found;  ///< as the first block says
   count64 sum;
+
+  /// The list of the first block: candidates of one bin, from all blocks.
+  __device__ count64* ranks() { return room; }
+  __device__ count64* amounts() { return room + kListSize; }
+
+  /// What block `i` has in the bins that this one adds up.
+  __device__ count64* part(int i) { return room + i * kBinsOfBlock; }
 };
+static_assert(kBlocks * kBinsOfBlock <= 2 * kListSize);
 
 /// How a token of a row weighs.
 struct weighing {
@@ -197,53 +206,47 @@ private:
       }
     }
     cluster_.sync();
-    // Every block adds up some of the bins and tells all blocks.
-    const int bin = block_ * kBinsOfBlock + static_cast<int>(threadIdx.x) / kAdders;
-    const int adder = static_cast<int>(threadIdx.x) % kAdders;
-    count64 sum = 0;
-    for (int other = adder; other < kBlocks; other += kAdders) {
-      const draw_memory& there = *cluster_.map_shared_rank(&memory_, other);
-      sum += count64{there.high[bin]} << 32 | there.low[bin];
-    }
-    for (int step = kAdders / 2; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, step);
-    }
-    for (int other = adder; other < kBlocks; other += kAdders) {
-      cluster_.map_shared_rank(&memory_, other)->merged[bin] = sum;
-    }
+    merge_bins();
     cluster_.sync();
+  }
+
+  /// Every block adds up some of the bins of all blocks and tells all of them. Two warps read from
+  /// and write to one block, neighbouring bins at a time: single words of others are slow.
+  __device__ void merge_bins() {
+    const int other = static_cast<int>(threadIdx.x) / 64;
+    const int pair = static_cast<int>(threadIdx.x) % 64; // of neighbouring bins
+    const int first = block_ * kBinsOfBlock;
+    draw_memory& there = *cluster_.map_shared_rank(&memory_, other);
+    const auto low = reinterpret_cast<const uint2*>(there.low + first)[pair];
+    const auto high = reinterpret_cast<const uint2*>(there.high + first)[pair];
+    memory_.part(other)[2 * pair] = count64{high.x} << 32 | low.x;
+    memory_.part(other)[2 * pair + 1] = count64{high.y} << 32 | low.y;
+    __syncthreads();
+    if (threadIdx.x < kBinsOfBlock) {
+      count64 sum = 0;
+      for (int i = 0; i < kBlocks; ++i) {
+        sum += memory_.part(i)[threadIdx.x];
+      }
+      memory_.sums[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    reinterpret_cast<ulonglong2*>(there.merged + first)[pair] =
+      reinterpret_cast<const ulonglong2*>(memory_.sums)[pair];
   }
 
   /// Leaves in memory the bin in which the threshold is passed, or the last that holds any, and
   /// returns the threshold.
   template <class Bins, class Threshold>
   __device__ count64 locate(const Bins& bins, count64 before, const Threshold& threshold) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
     const int bin = 2 * threadIdx.x;
+    const count64 first = bins(bin);
     const count64 second = bins(bin + 1);
-    const count64 both = bins(bin) + second;
-    count64 sum = both;
-    for (int step = 1; step < 32; step *= 2) {
-      const count64 other = __shfl_up_sync(kAllLanes, sum, step);
-      sum += lane >= step ? other : 0;
-    }
-    __syncthreads(); // what was left by the last call has been read
-    if (lane == 31) {
-      memory_.block[warp] = sum;
-    }
-    __syncthreads();
-    count64 total = before;
-    for (int i = 0; i < kThreads / 32; ++i) {
-      if (i == warp) {
-        sum += total;
-      }
-      total += memory_.block[i];
-    }
+    const auto all = add_up_block(first + second, memory_.block);
+    const count64 total = before + all.total;
     const count64 wanted = min(threshold(total), total - 1);
-    const count64 middle = sum - second;
-    const count64 begin = sum - both;
-    if (begin <= wanted && wanted < sum) {
+    const count64 begin = before + all.before;
+    const count64 middle = begin + first;
+    if (begin <= wanted && wanted < middle + second) {
       memory_.bin = wanted < middle ? bin : bin + 1;
       memory_.before = wanted < middle ? begin : middle;
     }
@@ -256,19 +259,35 @@ private:
   __device__ std::int32_t list(counting what, int coarse, int fine) {
     draw_memory& there = *cluster_.map_shared_rank(&memory_, 0);
     std::int32_t* size = &there.list_sizes[num_lists_++];
-    for (std::int32_t i = threadIdx.x; i < num_; i += kThreads) {
-      const float at = logit(i);
-      if (weigh_.bin(at) == coarse && (fine < 0 || weigh_.fine_bin(at) == fine)) {
-        const count64 mine = amount(what, i);
-        if (mine != 0) {
-          const std::int32_t place = atomicAdd(size, 1);
-          if (place < kListSize) {
-            there.ranks[place] = rank(i);
-            there.amounts[place] = mine;
+    const auto for_all = [&](const auto& use) {
+      for (std::int32_t i = threadIdx.x; i < num_; i += kThreads) {
+        const float at = logit(i);
+        if (weigh_.bin(at) == coarse && (fine < 0 || weigh_.fine_bin(at) == fine)) {
+          const count64 mine = amount(what, i);
+          if (mine != 0) {
+            use(i, mine);
           }
         }
       }
+    };
+    // Each block takes the room for all it has at once.
+    std::int32_t count = 0;
+    for_all([&](std::int32_t, count64) { ++count; });
+    const auto places = add_up_block(static_cast<count64>(count), memory_.block);
+    if (threadIdx.x == 0) {
+      const auto total = static_cast<std::int32_t>(places.total);
+      memory_.first_place = total > 0 ? atomicAdd(size, total) : 0;
     }
+    __syncthreads();
+    auto place = static_cast<std::int32_t>(places.before);
+    place += memory_.first_place;
+    for_all([&](std::int32_t i, count64 mine) {
+      if (place < kListSize) {
+        there.ranks()[place] = rank(i);
+        there.amounts()[place] = mine;
+      }
+      ++place;
+    });
     cluster_.sync();
     return *size;
   }
@@ -277,10 +296,10 @@ private:
   __device__ selected pick(std::int32_t size, bool is_coarse, count64 before, count64 wanted) {
     if (block_ == 0) {
       const bool is_listed = static_cast<std::int32_t>(threadIdx.x) < size;
-      const count64 mine = is_listed ? memory_.ranks[threadIdx.x] : kNobody;
+      const count64 mine = is_listed ? memory_.ranks()[threadIdx.x] : kNobody;
       bool is_near = is_listed;
       if (is_coarse && size > kFewListed) {
-        const count64 amount = is_listed ? memory_.amounts[threadIdx.x] : 0;
+        const count64 amount = is_listed ? memory_.amounts()[threadIdx.x] : 0;
         const int fine = is_listed ? weigh_.fine_bin(logit_in(mine)) : 0;
         clear_bins();
         if (is_listed) {
@@ -295,7 +314,7 @@ private:
       count64 sum = before;
       if (is_near) {
         for (std::int32_t i = 0; i < size; ++i) {
-          sum += memory_.ranks[i] <= mine ? memory_.amounts[i] : 0;
+          sum += memory_.ranks()[i] <= mine ? memory_.amounts()[i] : 0;
         }
       }
       const count64 found = block_min(is_near && sum > wanted ? mine : kNobody, memory_.block);
@@ -313,24 +332,13 @@ private:
 
   /// Keeps of the list what is near, and returns how much that is.
   __device__ std::int32_t shorten(bool is_near, count64 rank, count64 amount) {
-    const int warp = threadIdx.x / 32;
-    const unsigned near = __ballot_sync(kAllLanes, is_near);
-    if (threadIdx.x % 32 == 0) {
-      memory_.block[warp] = __popc(near);
-    }
-    __syncthreads();
-    std::int32_t place = __popc(near & ((1U << threadIdx.x % 32) - 1));
-    std::int32_t size = 0;
-    for (int i = 0; i < kThreads / 32; ++i) {
-      place += i < warp ? static_cast<std::int32_t>(memory_.block[i]) : 0;
-      size += static_cast<std::int32_t>(memory_.block[i]);
-    }
+    const auto places = add_up_block(count64{is_near ? 1U : 0U}, memory_.block);
     if (is_near) {
-      memory_.ranks[place] = rank;
-      memory_.amounts[place] = amount;
+      memory_.ranks()[places.before] = rank;
+      memory_.amounts()[places.before] = amount;
     }
     __syncthreads();
-    return size;
+    return static_cast<std::int32_t>(places.total);
   }
 
   /// Very many logits are (almost) equal: halves the range of ranks.
@@ -359,7 +367,7 @@ private:
   }
 
   __device__ count64 cluster_total(count64 value) {
-    value = block_total(value, memory_.block);
+    value = add_up_block(value, memory_.block).total;
     // The other half may still be read.
     const int half = num_totals_++ % 2;
     if (threadIdx.x < kBlocks) {

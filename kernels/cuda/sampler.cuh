@@ -8,6 +8,7 @@ namespace troupe::kernels::cuda {
 
 /// Threads of a block.
 inline constexpr int kSamplerThreads = 1024;
+static_assert(kSamplerThreads == 32 * 32); // a warp adds up what the warps have
 
 /// Below this the distribution has collapsed on its best token (vLLM draws the same line).
 inline constexpr float kGreedyTemperature = 1e-5F;
@@ -36,35 +37,67 @@ __device__ inline float logit_of(const float* logits, count64 rank) {
   return rank == kNobody ? -INFINITY : logits[static_cast<std::uint32_t>(rank)];
 }
 
-/// Combines the values of a block, in the same order whatever else runs. `memory` holds a value for
-/// each warp.
-template <class T, class Combine>
-__device__ inline T combine_block(T value, T* memory, const Combine& combine) {
-  for (int step = 16; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
-  }
+/// A sum in a block, and what the threads before this one add to it.
+template <class T>
+struct placed_sum {
+  T before;
+  T total;
+};
+
+/// `memory` holds a value for each warp.
+template <class T>
+__device__ inline placed_sum<T> add_up_block(T value, T* memory) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const auto scan = [&](T sum) {
+    for (int step = 1; step < 32; step *= 2) {
+      const T other = __shfl_up_sync(kAllLanes, sum, step);
+      sum += lane >= step ? other : T{0};
+    }
+    return sum;
+  };
+  const T in_warp = scan(value);
   __syncthreads(); // memory may still be read from the last call
+  if (lane == 31) {
+    memory[warp] = in_warp;
+  }
+  __syncthreads();
+  const T of_warps = scan(memory[lane]);
+  const T up_to_warp = __shfl_sync(kAllLanes, of_warps, warp) - memory[warp];
+  return {up_to_warp + in_warp - value, __shfl_sync(kAllLanes, of_warps, 31)};
+}
+
+__device__ inline count64 block_min(count64 value, count64* memory) {
+  const auto of_warp = [](count64 least) {
+    for (int step = 16; step > 0; step /= 2) {
+      least = min(least, __shfl_xor_sync(kAllLanes, least, step));
+    }
+    return least;
+  };
+  value = of_warp(value);
+  __syncthreads();
   if (threadIdx.x % 32 == 0) {
     memory[threadIdx.x / 32] = value;
   }
   __syncthreads();
-  T result = memory[0];
-  for (int i = 1; i < kSamplerThreads / 32; ++i) {
-    result = combine(result, memory[i]);
-  }
-  return result;
+  return of_warp(memory[threadIdx.x % 32]);
 }
 
-__device__ inline count64 block_total(count64 value, count64* memory) {
-  return combine_block(value, memory, [](count64 a, count64 b) { return a + b; });
-}
-
-__device__ inline count64 block_min(count64 value, count64* memory) {
-  return combine_block(value, memory, [](count64 a, count64 b) { return min(a, b); });
-}
-
+/// In the same order whatever else runs.
 __device__ inline double block_total(double value, double* memory) {
-  return combine_block(value, memory, [](double a, double b) { return a + b; });
+  for (int step = 16; step > 0; step /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, step);
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    memory[threadIdx.x / 32] = value;
+  }
+  __syncthreads();
+  double sum = 0.0;
+  for (int i = 0; i < kSamplerThreads / 32; ++i) {
+    sum += memory[i];
+  }
+  return sum;
 }
 
 /// The best tokens of the parts of a row, and the sums over them.

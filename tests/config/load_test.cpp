@@ -420,7 +420,7 @@ TEST_CASE("all problems come at once, in the order of the file, settings last") 
                                  "parallel:\n"
                                  "  pipeline: 0\n"
                                  "  pipeline: 1\n"
-                                 "model: {numerics: medium, head: 8}\n",
+                                 "model: {numerics: medium, head: 8 bit}\n",
                                  {"recovery.spares=x", "cluster=a b"});
   CHECK(
     found
@@ -433,7 +433,7 @@ TEST_CASE("all problems come at once, in the order of the file, settings last") 
       "c.yaml:5:3: parallel.pipeline: the key is there twice, first in line 4; keep one of the two",
       "c.yaml:6:1: model.path: is missing; name the directory of a Hugging Face model",
       "c.yaml:6:19: model.numerics: \"medium\" is not known; write one of: exact, fast",
-      "c.yaml:6:33: model.head: \"8\" is not known; write one of: stored, int8",
+      "c.yaml:6:33: model.head: \"8 bit\" is not known; write one of: stored, int8",
       "--set recovery.spares=x: recovery.spares: \"x\" is text; a whole number from 0 to 64 is "
       "needed",
       "--set cluster=a b: cluster: \"a b\" is not a name; up to 63 letters, digits, '-', '_' and "

@@ -10,7 +10,7 @@ using namespace troupe::kernels;
 
 TEST_CASE("a group's largest magnitude is 127 steps, and all else is within half a step") {
   std::mt19937 random(3);
-  for (const float width : {1e-30F, 0.003F, 1.0F, 7e30F}) {
+  for (const float width : {1e-20F, 0.003F, 1.0F, 7e30F}) {
     const auto values = random_matrix(1, kNarrowGroup, random, width).data;
     std::uint32_t largest = 0;
     for (const float value : values) {
@@ -25,6 +25,7 @@ TEST_CASE("a group's largest magnitude is 127 steps, and all else is within half
     }
   }
   CHECK(narrow_code(0.0F, narrow_scale(0)) == 0);
+  CHECK(narrow_code(1e-40F, narrow_scale(magnitude_bits(1e-40F))) == 0);
   CHECK(narrow_code(2.5F, 1.0F) == 2); // ties to even
   CHECK(narrow_code(-3.5F, 1.0F) == -4);
   CHECK(narrow_code(1000.0F, 1.0F) == 127);
