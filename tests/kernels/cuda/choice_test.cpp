@@ -155,7 +155,7 @@ void check_tokens(std::initializer_list<int> vocabularies, int rows) {
 
 } // namespace
 
-TEST_CASE("tokens are drawn as the reference draws them") {
+TEST_CASE("tokens are drawn as the reference draws them", "[large]") {
   if (gpu() != nullptr) {
     check_tokens({1003}, 18);
   }
