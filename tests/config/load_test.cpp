@@ -190,7 +190,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 3) + (2 + 4) + (1 + 5) + (1 + 12) + (1 + 12) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 5) + (1 + 12) + (1 + 12) + (1 + 1));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
