@@ -180,6 +180,7 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   plan.set_unprotected(cluster.recovery.level == config::protection::off);
   plan.set_retain_s(serving.retain_s);
   plan.set_fast_numerics(cluster.model.arithmetic == config::numerics::fast);
+  plan.set_int8_head(cluster.model.head == config::head_format::int8);
   plan.set_draft_tokens(serving.draft_tokens);
   bool is_local = cluster.network.bind.starts_with("127.") || cluster.network.bind == "::1";
   plan.set_transport_interface(is_local ? "lo" : "");

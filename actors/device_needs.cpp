@@ -81,6 +81,10 @@ placement::device_need need_of_experts(const proto::ActorPlan& group,
 
 } // namespace
 
+model::head_format head_of(const proto::ClusterPlan& plan) {
+  return plan.int8_head() ? model::head_format::int8 : model::head_format::stored;
+}
+
 model::stage_options stage_options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
                                       const model::model_config& model) {
   model::stage_options options;
@@ -98,10 +102,12 @@ placement::device_need
 device_need_of(const google::protobuf::RepeatedPtrField<proto::ActorPlan>& actors,
                const proto::ClusterPlan& plan, const model::model_config& model) {
   // Rank 0 has the head besides.
-  const auto part = model::rank_config(model, 0, std::max(1, number(plan.tensor_ranks())));
+  auto part =
+    model::rank_config(model, 0, std::max(1, number(plan.tensor_ranks()))).value_or(model);
+  part.head = head_of(plan);
   placement::device_need need;
   for (const auto& actor : actors)
-    need += actor.kind() == proto::STAGE ? need_of_stage(actor, plan, part ? *part : model)
+    need += actor.kind() == proto::STAGE ? need_of_stage(actor, plan, part)
                                          : need_of_experts(actor, plan, model);
   return need;
 }

@@ -138,6 +138,8 @@ void expert_group::answer(const transport::frame& dispatch) {
 }
 
 expert_group::behavior_type expert_group::make_behavior() {
+  // Groups compute at the same time, so what each does on one thread is on another core.
+  ops_->keep_on_cores(static_cast<std::int32_t>(index_));
   return {[this](const frame_ptr& dispatch) {
     serve(*dispatch);
     if (ops_->failure().empty())

@@ -44,10 +44,11 @@ struct loader {
 
   /// Which weights an actor has, of a rank.
   std::string content_of(const proto::ActorPlan& actor, std::int32_t rank) const {
-    return fmt::format("{} layers {}-{} experts {}-{} of {} drafts {} rank {} of {}",
+    return fmt::format("{} layers {}-{} experts {}-{} of {} drafts {} head {} rank {} of {}",
                        plan().model_path(), actor.first_layer(), actor.end_layer(),
                        actor.first_expert(), actor.end_expert(), plan().num_expert_groups(),
-                       plan().draft_tokens(), rank, num_ranks());
+                       plan().draft_tokens(), plan().int8_head() ? "int8" : "stored", rank,
+                       num_ranks());
   }
 
   std::int32_t num_ranks() const {
@@ -410,6 +411,7 @@ expected<prepared_parts> prepare_parts(const proto::WorkerAssignment& assignment
   auto config = model::load_model_config(plan.model_path());
   if (!config)
     return tl::unexpected(config.error());
+  config->head = head_of(plan);
   auto weights = model::open_weights(plan.model_path());
   if (!weights)
     return tl::unexpected(weights.error());

@@ -61,6 +61,9 @@ enum class weight_use : std::uint8_t {
   /// The same of a model whose weights are i8, where this one is wider: fast numerics may round
   /// it to 8 bit, by row and group of 128.
   narrow_product,
+  /// The same, kept in 8 bit: what is wider and has no scales is rounded to it, by row and group of
+  /// 128 columns (narrow_weight.hpp).
+  int8_product,
   stored, ///< embed, route, vectors: used as it is
 };
 
@@ -204,6 +207,12 @@ public:
   /// "cpu (avx512, 2 threads)" and the like.
   virtual const char* description() const = 0;
 
+  /// The calling thread will be the one that uses this object. Where it and its helpers are as many
+  /// as the cores that they may use, each is kept on one of its own from now on: the caller on core
+  /// `place`, counted around, its helpers on those that follow. For processes that take turns on
+  /// the same cores.
+  virtual void keep_on_cores(std::int32_t /*place*/) {}
+
   virtual element_type activation_type() const = 0;
 
   /// Of the keys and values in pages.
@@ -214,7 +223,8 @@ public:
   virtual std::shared_ptr<void> allocate(std::size_t bytes) = 0;
 
   /// Makes a weight usable on the device: the CPU returns it as it is, a GPU
-  /// returns a view of its own copy, which lives as long as this object. The CPU with fast numerics
+  /// returns a view of its own copy, which lives as long as this object. What is rounded to 8 bit
+  /// (weight_use::int8_product) has a copy everywhere. The CPU with fast numerics
   /// returns it with a packed copy beside it, of the same size (f32: half), which lives as
   /// long as this object; `packed` stays null where there is not that much memory.
   virtual weight_matrix place(const weight_matrix& weight,

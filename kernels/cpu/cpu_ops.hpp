@@ -28,9 +28,10 @@ public:
   const char* description() const override { return description_.c_str(); }
   const std::string& failure() const override { return failure_; }
   void break_down(breakdown) override { failure_ = "a drill broke the device"; }
+  void keep_on_cores(std::int32_t place) override { pool_.keep_on_cores(place); }
   element_type activation_type() const override { return element_type::f32; }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
-  weight_matrix place(const weight_matrix& weight, weight_use) override { return weight; }
+  weight_matrix place(const weight_matrix& weight, weight_use use) override;
   void copy_to_host(const rows_view& from, void* to) override;
   void copy_from_host(const void* from, const rows_view& to) override;
 
@@ -88,6 +89,9 @@ protected:
   std::atomic<std::uint64_t>* progress() { return progress_; }
   void add_to_description(const char* text) { description_ += text; }
 
+  /// Rounds a weight to narrowed_shape: codes [rows, cols], scales [rows, groups].
+  void narrow(const weight_matrix& weight, std::int8_t* codes, float* scales);
+
   /// Products between two ticks: a millisecond of fast code, some ten of slow, and so few
   /// bytes of weights that they come from a disk in time.
   static constexpr std::int64_t kWorkOfTick = 1 << 23;
@@ -133,7 +137,8 @@ private:
   std::int32_t rank_ = 0;
   bool is_alone_ = false; ///< it rehearses
   thread_pool pool_;
-  std::vector<thread_memory> memory_; // [threads]
+  std::vector<thread_memory> memory_;           // [threads]
+  std::vector<std::shared_ptr<void>> narrowed_; ///< weights, and scales behind them
   scratch<float> padded_input_;
   scratch<float> logits_;
   scratch<float> gates_;

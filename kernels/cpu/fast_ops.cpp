@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "troupe/kernels/cpu/bf16.hpp"
+#include "troupe/kernels/narrow_weight.hpp"
 
 namespace troupe::kernels::cpu {
 
@@ -81,57 +82,30 @@ unsigned char* fast_ops::multiply_scratch(std::int32_t thread) {
 }
 
 weight_matrix fast_ops::place(const weight_matrix& weight, weight_use use) {
-  weight_matrix result = weight;
+  weight_matrix result = cpu_ops::place(weight, use);
   result.packed = nullptr;
   if (fast_ == nullptr || use == weight_use::stored || weight.type == element_type::i4) {
     return result;
   }
+  static_assert(kNarrowGroup == kLargestGroup);
   packed_weight packed;
   bool done = false;
   if (use == weight_use::narrow_product && size_of(weight.type) > 1 && weight.scales == nullptr) {
     std::vector<std::int8_t> codes(static_cast<std::size_t>(weight.num_rows) * weight.num_cols);
     std::vector<float> scales(static_cast<std::size_t>(weight.num_rows)
                               * ceil_div(weight.num_cols, kLargestGroup));
-    done = pack(narrow(weight, codes.data(), scales.data()), packed);
+    narrow(weight, codes.data(), scales.data());
+    auto narrowed = narrowed_shape(weight);
+    narrowed.data = codes.data();
+    narrowed.scales = scales.data();
+    done = pack(narrowed, packed);
   } else {
-    done = pack(weight, packed);
+    done = pack(result, packed);
   }
   if (done) {
     packed_.push_back(packed);
     result.packed = &packed_.back();
   }
-  return result;
-}
-
-weight_matrix fast_ops::narrow(const weight_matrix& weight, std::int8_t* codes, float* scales) {
-  const std::int32_t num_cols = weight.num_cols;
-  const std::int32_t num_groups = ceil_div(num_cols, kLargestGroup);
-  for_rows(weight.num_rows, 4 * std::int64_t{num_cols}, [&](std::int32_t row, std::int32_t thread) {
-    float* values = memory_[thread].tile.take(num_cols);
-    kernels().expand_row(weight, row, values);
-    for (std::int32_t g = 0; g < num_groups; ++g) {
-      const std::int32_t first = g * kLargestGroup;
-      const std::int32_t last = std::min(num_cols, first + kLargestGroup);
-      float largest = 0.0F;
-      for (std::int32_t k = first; k < last; ++k) {
-        largest = std::max(largest, std::fabs(values[k]));
-      }
-      scales[std::int64_t{row} * num_groups + g] = largest * (1.0F / 127.0F);
-      const float inverse = largest > 0.0F ? 127.0F / largest : 0.0F;
-      for (std::int32_t k = first; k < last; ++k) {
-        const float code = std::clamp(std::nearbyint(values[k] * inverse), -127.0F, 127.0F);
-        codes[std::int64_t{row} * num_cols + k] = static_cast<std::int8_t>(code);
-      }
-    }
-  });
-  weight_matrix result;
-  result.data = codes;
-  result.type = element_type::i8;
-  result.num_rows = weight.num_rows;
-  result.num_cols = num_cols;
-  result.scales = scales;
-  result.block_rows = 1;
-  result.block_cols = kLargestGroup;
   return result;
 }
 

@@ -93,8 +93,6 @@ private:
     scratch<unsigned char> attention;
   };
 
-  /// The weight rounded to 8 bit by row and group; codes and scales are room for it.
-  weight_matrix narrow(const weight_matrix& weight, std::int8_t* codes, float* scales);
   /// False if the weight has no packed form, or there is not that much memory.
   bool pack(const weight_matrix& weight, packed_weight& packed);
   /// Room for rounded rows.

@@ -48,29 +48,31 @@ thread_pool::thread_pool(std::int32_t num_threads) {
   for (std::int32_t thread = 1; thread < num_threads; ++thread) {
     workers_.emplace_back([this, thread] { serve(thread); });
   }
-  keep_on_cores();
 }
 
-/// Where that is not allowed, threads stay where the system puts them.
-void thread_pool::keep_on_cores() {
+void thread_pool::keep_on_cores(std::int32_t place) {
   cpu_set_t allowed;
-  if (::sched_getaffinity(0, sizeof(allowed), &allowed) != 0
-      || CPU_COUNT(&allowed) != static_cast<int>(workers_.size()) + 1) {
+  if (::sched_getaffinity(0, sizeof(allowed), &allowed) != 0) {
     return;
   }
-  int core = 0;
-  const auto next_core = [&] {
-    while (!CPU_ISSET(core, &allowed)) {
-      ++core;
+  std::vector<int> cores;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &allowed)) {
+      cores.push_back(core);
     }
-    return core++;
-  };
-  next_core();
-  for (auto& worker : workers_) {
+  }
+  if (cores.size() != workers_.size() + 1) {
+    return;
+  }
+  const auto keep = [&](pthread_t thread, std::size_t which) {
     cpu_set_t own;
     CPU_ZERO(&own);
-    CPU_SET(next_core(), &own);
-    ::pthread_setaffinity_np(worker.native_handle(), sizeof(own), &own);
+    CPU_SET(cores[(static_cast<std::size_t>(place) + which) % cores.size()], &own);
+    ::pthread_setaffinity_np(thread, sizeof(own), &own);
+  };
+  keep(::pthread_self(), 0);
+  for (std::size_t i = 0; i < workers_.size(); ++i) {
+    keep(workers_[i].native_handle(), i + 1);
   }
 }
 

@@ -14,12 +14,6 @@ namespace troupe::kernels::cpu {
 /// Threads that share the chunks of one job at a time. The caller works too; with one
 /// thread there is no other. Workers spin for some microseconds after a job
 /// and then sleep. `run` may be called by one thread at a time.
-///
-/// A pool with a thread for every core that the process may use keeps each worker on a core of its
-/// own and leaves the first to the caller. Where several processes take turns on the same cores, as
-/// stages and expert groups of a host do, their threads would otherwise queue up behind each other
-/// on one core while another idles: Linux does not move a thread to a core that has not been idle
-/// for long (kernel/sched/fair.c, newidle_balance).
 class thread_pool {
 public:
   explicit thread_pool(std::int32_t num_threads);
@@ -30,6 +24,14 @@ public:
 
   /// Threads including the caller.
   std::int32_t size() const { return static_cast<std::int32_t>(workers_.size()) + 1; }
+
+  /// Keeps the caller on core `place` of those that it may use, counted around, and the workers on
+  /// those that follow, if they are as many as all of them; otherwise, or where that is forbidden,
+  /// the system goes on placing them. Where several processes take turns on the same cores, as
+  /// stages and expert groups of a host do, their threads otherwise queue up behind each other on
+  /// one core while another idles: Linux does not move a thread to a core that has not been idle
+  /// for long (kernel/sched/fair.c, newidle_balance).
+  void keep_on_cores(std::int32_t place);
 
   /// Calls work(chunk, thread) for every chunk from 0 to num_chunks - 1 and returns when all
   /// are done. Threads are numbered from 0, which is the caller. `work` must not throw.
@@ -56,7 +58,6 @@ private:
   void share(std::int32_t num_chunks, function work, void* context);
   void take_chunks(std::int32_t thread);
   void serve(std::int32_t thread);
-  void keep_on_cores();
 
   // The number of the job in the upper bits, the chunks nobody has taken yet in the lower. Who
   // lowers it owns a chunk, and knows that the job could not have been replaced meanwhile.

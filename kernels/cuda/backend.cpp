@@ -416,6 +416,7 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
   const trace range("sampling");
   sampling_.clear();
   banned_.clear();
+  bool any_drawn = false;
   for (std::int32_t m = 0; m < num_rows; ++m) {
     const auto& from = params[m];
     assert(from.target < logits.num_cols);
@@ -430,6 +431,7 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
     to.first_banned = static_cast<std::int32_t>(banned_.size());
     to.num_banned = static_cast<std::int32_t>(from.banned.size());
     banned_.insert(banned_.end(), from.banned.begin(), from.banned.end());
+    any_drawn = any_drawn || (from.target < 0 && from.temperature > 0.0F);
     sampling_.push_back(to);
   }
   const auto bytes = static_cast<std::size_t>(num_rows) * sizeof(sampled_token);
@@ -447,8 +449,9 @@ void cuda_ops::sample(const rows_view& logits, std::span<const sampling_params> 
   if (!gpu_.ok()) {
     return;
   }
-  launch_sample(stream_, static_cast<const float*>(logits.data), logits.stride, num_rows,
-                logits.num_cols, device_params, banned, surveys, allowed, drawn);
+  launch_sample(stream_,
+                {static_cast<const float*>(logits.data), logits.stride, num_rows, logits.num_cols},
+                device_params, any_drawn, banned, surveys, allowed, drawn);
   launched("sample");
   gpu_.check(cudaMemcpyAsync(host, drawn, bytes, cudaMemcpyDeviceToHost, stream_),
              "copy of the tokens");

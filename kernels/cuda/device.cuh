@@ -17,20 +17,30 @@ inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 /// Launches a kernel that may begin while the one before it on the stream still runs (programmatic
 /// dependent launch, CUDA programming guide). It calls follow() before it touches what another
 /// kernel writes or reads; weights it may read earlier, since no kernel of a step writes them.
+/// Neighbouring blocks form clusters of the size given.
 template <class... Params, class... Args>
-void launch(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared_bytes,
-            void (*kernel)(Params...), const Args&... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(cudaStream_t stream, dim3 grid, unsigned cluster, dim3 block,
+                     std::size_t shared_bytes, void (*kernel)(Params...), const Args&... args) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+/// The same without clusters.
+template <class... Params, class... Args>
+void launch(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared_bytes,
+            void (*kernel)(Params...), const Args&... args) {
+  launch_clusters(stream, grid, 1, block, shared_bytes, kernel, args...);
 }
 
 /// Lets the next kernel begin, and waits until the one before is complete, with which all earlier

@@ -47,7 +47,11 @@ struct device_pages {
 /// Makes `to.data` and, of a quantized weight, `to.scales` from a recipe.
 void launch_make(cudaStream_t stream, const weight_recipe& recipe, const weight_matrix& to);
 
-/// Writes `to.data` from a weight in device memory. `found` is set to 1 where an f8 weight holds a
+/// The scales that a weight of wider elements in device memory has in 8 bit (narrow_weight.hpp).
+void launch_find_scales(cudaStream_t stream, const weight_matrix& from, float* scales);
+
+/// Writes `to.data` from a weight in device memory, which is rounded where it is wider than `to`:
+/// it has the scales of launch_find_scales then. `found` is set to 1 where an f8 weight holds a
 /// NaN, which the product kernels do not know.
 void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_matrix& to,
                  std::int32_t* found);
@@ -164,7 +168,7 @@ void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::i
                               std::int32_t num_kv_heads, float scale, const device_batch& batch,
                               const device_pages& pages, const rows_of_bf16& out);
 
-// Routing and sampling (router.cu, sampler.cu).
+// Routing and sampling (router.cu, sampler.cu, draw.cu).
 
 /// logits[m, e] = x[m] . w[e], one warp each.
 void launch_router_logits(cudaStream_t stream, const rows_of_bf16& x, const weight_matrix& w,
@@ -188,17 +192,30 @@ struct device_sampling {
 
 /// What a part of a row of logits holds.
 struct logit_survey {
-  unsigned long long best = 0; ///< rank of the best token of the part
-  double powers = 0.0;         ///< sum of exp(logit - best logit of the part)
+  unsigned long long best = 0;    ///< rank of the best token of the part
+  unsigned long long allowed = 0; ///< of those that are not banned
+  double powers = 0.0;            ///< sum of exp(logit - best logit of the part)
 };
 
 /// Parts of a row that are surveyed by blocks of their own.
 inline constexpr std::int32_t kSurveys = 16;
 
-/// Scratch: `surveys` [num_rows, kSurveys], `allowed` [num_rows, num_tokens].
-void launch_sample(cudaStream_t stream, const float* logits, std::int64_t stride,
-                   std::int32_t num_rows, std::int32_t num_tokens, const device_sampling* params,
-                   const std::int32_t* banned, logit_survey* surveys, float* allowed,
-                   sampled_token* out);
+/// Rows of logits in float32.
+struct logit_rows {
+  const float* data = nullptr;
+  std::int64_t stride = 0;
+  std::int32_t num_rows = 0;
+  std::int32_t num_tokens = 0;
+};
+
+/// `any_drawn`: there is a row whose token is not the best one. Scratch: `surveys` [num_rows,
+/// kSurveys], `allowed` [num_rows, num_tokens], null where nothing is banned.
+void launch_sample(cudaStream_t stream, const logit_rows& rows, const device_sampling* params,
+                   bool any_drawn, const std::int32_t* banned, logit_survey* surveys,
+                   float* allowed, sampled_token* out);
+
+/// The part of it that draws: sets the tokens of the rows concerned, and nothing else.
+void launch_draw(cudaStream_t stream, const logit_rows& rows, const device_sampling* params,
+                 const logit_survey* surveys, const float* allowed, sampled_token* out);
 
 } // namespace troupe::kernels::cuda

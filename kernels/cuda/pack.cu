@@ -1,4 +1,5 @@
 #include "troupe/kernels/cuda/device.cuh"
+#include "troupe/kernels/narrow_weight.hpp"
 
 namespace troupe::kernels::cuda {
 
@@ -44,11 +45,37 @@ __global__ void expand(weight_matrix w, bf16* out) {
   }
 }
 
+/// The code of an element as it is stored or, of wider elements, as the scale of its group has it.
 __device__ std::uint8_t byte_of(const weight_matrix& w, std::int32_t row, std::int32_t col) {
   if (row >= w.num_rows || col >= w.num_cols) {
     return 0;
   }
-  return static_cast<const std::uint8_t*>(w.data)[std::int64_t{row} * w.num_cols + col];
+  if (w.type == element_type::f8_e4m3 || w.type == element_type::i8) {
+    return static_cast<const std::uint8_t*>(w.data)[std::int64_t{row} * w.num_cols + col];
+  }
+  const auto group = std::int64_t{row} * ceil_div(w.num_cols, kNarrowGroup) + col / kNarrowGroup;
+  return static_cast<std::uint8_t>(narrow_code(raw_value(w, row, col), w.scales[group]));
+}
+
+/// A warp makes the scale of one group.
+__global__ void find_scales(weight_matrix w, float* scales) {
+  const std::int32_t num_groups = ceil_div(w.num_cols, kNarrowGroup);
+  const auto index = std::int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+  if (index >= std::int64_t{w.num_rows} * num_groups) {
+    return;
+  }
+  const auto row = static_cast<std::int32_t>(index / num_groups);
+  const std::int32_t first = static_cast<std::int32_t>(index % num_groups) * kNarrowGroup;
+  const std::int32_t last = min(w.num_cols, first + kNarrowGroup);
+  std::uint32_t largest = 0;
+  for (std::int32_t col = first + static_cast<std::int32_t>(threadIdx.x % 32); col < last;
+       col += 32) {
+    largest = max(largest, magnitude_bits(raw_value(w, row, col)));
+  }
+  largest = __reduce_max_sync(kAllLanes, largest);
+  if (threadIdx.x % 32 == 0) {
+    scales[index] = narrow_scale(largest);
+  }
 }
 
 /// 16 bytes of one lane (see packed_matrix).
@@ -164,6 +191,13 @@ void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_ma
   const auto count = packed_bytes(to.num_rows, to.num_chunks) / 16;
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   pack<<<blocks, kThreads, 0, stream>>>(from, to, count, found);
+}
+
+void launch_find_scales(cudaStream_t stream, const weight_matrix& from, float* scales) {
+  const auto count = std::int64_t{from.num_rows} * ceil_div(from.num_cols, kNarrowGroup);
+  constexpr int kWarps = kThreads / 32;
+  const auto blocks = static_cast<unsigned>((count + kWarps - 1) / kWarps);
+  find_scales<<<blocks, kThreads, 0, stream>>>(from, scales);
 }
 
 void launch_expand(cudaStream_t stream, const weight_matrix& from, bf16* out) {

@@ -6,6 +6,7 @@
 
 #include "troupe/kernels/cuda/trace.hpp"
 #include "troupe/kernels/made_weight.hpp"
+#include "troupe/kernels/narrow_weight.hpp"
 
 /// Weights and products of cuda_ops.
 namespace troupe::kernels::cuda {
@@ -184,13 +185,20 @@ std::int32_t* cuda_ops::next_nan_note() {
 bool cuda_ops::pack(const weight_matrix& weight, const weight_matrix& on_device,
                     const packed_matrix& to, std::int32_t* note) {
   const bool is_bf16 = to.type == packed_type::bf16;
+  const bool narrows = to.type == packed_type::i8 && weight.type != element_type::i8;
   if (weights_are_there_) {
     return is_bf16 || known_nans_[note - static_cast<std::int32_t*>(nan_table_.get())] == 0;
   }
   auto* found = is_bf16 ? static_cast<std::int32_t*>(flag_.get()) : note;
   std::int32_t has_nan = 0;
   gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
-  stage(weight, on_device, [&](const weight_matrix& rows, std::int32_t first) {
+  stage(weight, on_device, [&](weight_matrix rows, std::int32_t first) {
+    if (narrows) {
+      auto* scales = const_cast<float*>(to.scales) + std::int64_t{first} * to.num_scale_cols;
+      launch_find_scales(stream_, rows, scales);
+      launched("scales of a weight");
+      rows.scales = scales;
+    }
     auto part = to;
     part.data = static_cast<const std::byte*>(to.data) + packed_bytes(first, to.num_chunks);
     part.num_rows = rows.num_rows;
@@ -225,8 +233,16 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
     synchronise(); // scales go away with `placed`
     return result;
   }
+  auto shape = on_device;
+  if (is_narrowed(weight, use)) {
+    shape = narrowed_shape(weight);
+    placed->scales = take_weight(num_scales(shape) * sizeof(float));
+    shape.scales = static_cast<const float*>(placed->scales.get());
+    result = shape;
+  }
   auto& packed = placed->packed;
-  choose_packing(on_device, packed);
+  choose_packing(shape, packed);
+  packed.scales = shape.scales;
   auto* note = next_nan_note();
   if (note == nullptr) {
     return result;
@@ -248,8 +264,8 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
   if (packed.type == packed_type::bf16) {
     placed->scales = nullptr;
     placed->zeros = nullptr;
+    packed.scales = nullptr;
   } else {
-    packed.scales = on_device.scales;
     packed.zeros = on_device.zeros;
   }
   result.data = packed.data;

@@ -45,9 +45,15 @@ enum class numerics : std::uint8_t {
   fast,  ///< on the CPU, activations are rounded before each product
 };
 
+enum class head_format : std::uint8_t {
+  stored, ///< as the model has it
+  int8,   ///< rounded to 8 bit when it is loaded
+};
+
 struct model_settings {
   std::filesystem::path path; ///< absolute; an existing directory
   numerics arithmetic = numerics::exact;
+  head_format head = head_format::stored;
   std::string name; ///< as clients see it; by default the last component of path
 };
 

@@ -118,6 +118,9 @@ void read_model(section from, model_settings& model, const fs::path& file) {
   constexpr std::array<std::pair<std::string_view, numerics>, 2> choices = {
     {{"exact", numerics::exact}, {"fast", numerics::fast}}};
   from.read_choice<numerics>("numerics", model.arithmetic, choices);
+  constexpr std::array<std::pair<std::string_view, head_format>, 2> heads = {
+    {{"stored", head_format::stored}, {"int8", head_format::int8}}};
+  from.read_choice<head_format>("head", model.head, heads);
   from.read_text("name", model.name);
   from.done();
 }

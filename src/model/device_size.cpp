@@ -1,5 +1,7 @@
 #include "troupe/model/device_size.hpp"
 
+#include "troupe/kernels/narrow_weight.hpp"
+
 #include <algorithm>
 #include <string_view>
 
@@ -59,6 +61,11 @@ packing packing_of(const model_config& config, const tensor_spec& spec) {
   return is_expanded ? packing{} : result;
 }
 
+/// Or the embedding, where the head is the same tensor.
+bool is_head(const model_config& config, const tensor_spec& spec) {
+  return spec.name == (config.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight");
+}
+
 std::uint64_t placed_bytes(const model_config& config, const tensor_spec& spec) {
   const auto rows = size(spec.num_rows);
   const auto cols = size(spec.num_cols);
@@ -74,7 +81,9 @@ std::uint64_t placed_bytes(const model_config& config, const tensor_spec& spec) 
       heads * size(config.kv_lora_rank) * round_up(size(config.qk_nope_head_dim), kBlockCols);
     return (keys + heads * size(config.v_head_dim) * latent) * kWide;
   }
-  const auto how = packing_of(config, spec);
+  const auto how = is_head(config, spec) && config.head == head_format::int8
+                     ? packing{8, 1, size(kernels::kNarrowGroup)}
+                     : packing_of(config, spec);
   auto bytes = round_up(rows, kTileRows) * round_up(cols, kBlockCols) * how.bits / 8;
   if (how.block_rows > 0)
     bytes += (rows + how.block_rows - 1) / how.block_rows

@@ -67,6 +67,10 @@ struct tensor_rank {
   std::int32_t num_ranks = 1;
 };
 
+/// How the head is kept: as the checkpoint has it, or rounded to 8 bit when it is loaded, by row
+/// and group of 128 columns (kernels/narrow_weight.hpp).
+enum class head_format : std::uint8_t { stored, int8 };
+
 /// What config.json says of a model of the family (`model_type` deepseek_v3, deepseek_v2, llama or
 /// qwen2), checked to be consistent. A plain value.
 struct model_config {
@@ -128,6 +132,8 @@ struct model_config {
   /// Of a whole model: all. Of one rank's part (rank_config, tensor_shard.hpp): the numbers of
   /// heads and the intermediate sizes above are that part's.
   tensor_rank part;
+
+  head_format head = head_format::stored; ///< for who loads the model to choose
 
   bool is_moe_layer(std::int32_t layer) const {
     return num_experts > 0 && layer >= first_k_dense_replace && layer % moe_layer_freq == 0;

@@ -60,7 +60,7 @@ expected<trunk_weights> load_trunk(weight_store& store, const model_config& conf
   if (end_layer == config.num_layers && config.part.rank == 0) {
     in.read(result.final_norm, "model.norm.weight", config.hidden_size);
     in.read(result.head, config.tie_word_embeddings ? embedding_name : "lm_head.weight",
-            config.vocab_size, config.hidden_size, wide_product_use(config));
+            config.vocab_size, config.hidden_size, head_use(config));
   }
   if (auto ok = in.finish(); !ok)
     return tl::unexpected(std::move(ok.error()));

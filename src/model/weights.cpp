@@ -278,6 +278,11 @@ kernels::weight_use wide_product_use(const model_config& config) {
   return config.int8 ? kernels::weight_use::narrow_product : kernels::weight_use::product;
 }
 
+kernels::weight_use head_use(const model_config& config) {
+  return config.head == head_format::int8 ? kernels::weight_use::int8_product
+                                          : wide_product_use(config);
+}
+
 expected<kernels::expert_weights> load_mlp(weight_store& store, const std::string& prefix,
                                            std::int32_t hidden_size,
                                            std::int32_t intermediate_size) {

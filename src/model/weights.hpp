@@ -44,6 +44,9 @@ std::vector<tensor_spec> list_tensors(const model_config& config, const model_pa
 /// and what is made of kv_b.
 kernels::weight_use wide_product_use(const model_config& config);
 
+/// The use of the head, whose format may be chosen.
+kernels::weight_use head_use(const model_config& config);
+
 struct part_size {
   std::size_t num_tensors = 0;
   std::uint64_t num_bytes = 0; ///< as stored, scales included

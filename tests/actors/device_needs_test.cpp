@@ -128,6 +128,19 @@ TEST_CASE("GPUs that compute a stage together need a part of it each") {
   CHECK(together[0].need.kv_pages == Approx(alone[0].need.kv_pages).epsilon(0.02));
 }
 
+TEST_CASE("a head in 8 bit makes the last stage smaller, and no other") {
+  const auto model = small_model();
+  auto cluster = two_gpus(2, 0);
+  const auto stored = device_needs(plan_of(cluster), model);
+  cluster.model.head = config::head_format::int8;
+  const auto narrow = device_needs(plan_of(cluster), model);
+  REQUIRE(narrow.size() == 2);
+  CHECK(narrow[0].need == stored[0].need);
+  CHECK(narrow[1].need.weights < stored[1].need.weights);
+  CHECK(narrow[1].need.kv_pages == stored[1].need.kv_pages);
+  CHECK(narrow[1].need.scratch == stored[1].need.scratch);
+}
+
 TEST_CASE("the first GPU that is too small is refused, by name; unknown ones are not") {
   const auto model = small_model();
   const auto plan = plan_of(two_gpus(2, 0));

@@ -66,6 +66,7 @@ TEST_CASE("a file with nothing but the model gets every default") {
   CHECK(loaded->model.path == fs::path(TROUPE_SOURCE_DIR "/configs/models/troupe-mini"));
   CHECK(loaded->model.name == "troupe-mini");
   CHECK(loaded->model.arithmetic == config::numerics::exact);
+  CHECK(loaded->model.head == config::head_format::stored);
   REQUIRE(loaded->nodes.size() == 1);
   CHECK(loaded->nodes[0].name == "node-0");
   CHECK(loaded->nodes[0].host == "localhost");
@@ -100,7 +101,7 @@ TEST_CASE("a file with nothing but the model gets every default") {
 TEST_CASE("every key arrives in its own field") {
   const auto loaded =
     config::parse("cluster: big\n"
-                  "model: {path: models/troupe-mini, numerics: fast, name: m}\n"
+                  "model: {path: models/troupe-mini, numerics: fast, head: int8, name: m}\n"
                   "nodes:\n"
                   "  - {name: a, host: 127.0.0.7, devices: [cpu, cpu]}\n"
                   "  - {name: b, host: gpu-7.example, launch: join}\n"
@@ -143,6 +144,7 @@ TEST_CASE("every key arrives in its own field") {
   CHECK(loaded->serving.page_tokens == 8);
   CHECK(loaded->serving.draft_tokens == 2);
   CHECK(loaded->model.arithmetic == config::numerics::fast);
+  CHECK(loaded->model.head == config::head_format::int8);
   CHECK(loaded->serving.max_queue == 13);
   CHECK(loaded->serving.max_context == 90);
   CHECK(loaded->serving.request_timeout_s == 14);
@@ -188,7 +190,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 3) + (2 + 4) + (1 + 5) + (1 + 12) + (1 + 12) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 5) + (1 + 12) + (1 + 12) + (1 + 1));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
@@ -418,7 +420,7 @@ TEST_CASE("all problems come at once, in the order of the file, settings last") 
                                  "parallel:\n"
                                  "  pipeline: 0\n"
                                  "  pipeline: 1\n"
-                                 "model: {numerics: medium}\n",
+                                 "model: {numerics: medium, head: 8 bit}\n",
                                  {"recovery.spares=x", "cluster=a b"});
   CHECK(
     found
@@ -431,6 +433,7 @@ TEST_CASE("all problems come at once, in the order of the file, settings last") 
       "c.yaml:5:3: parallel.pipeline: the key is there twice, first in line 4; keep one of the two",
       "c.yaml:6:1: model.path: is missing; name the directory of a Hugging Face model",
       "c.yaml:6:19: model.numerics: \"medium\" is not known; write one of: exact, fast",
+      "c.yaml:6:33: model.head: \"8 bit\" is not known; write one of: stored, int8",
       "--set recovery.spares=x: recovery.spares: \"x\" is text; a whole number from 0 to 64 is "
       "needed",
       "--set cluster=a b: cluster: \"a b\" is not a name; up to 63 letters, digits, '-', '_' and "

@@ -57,33 +57,40 @@ TEST_CASE("two threads really share the work") {
   CHECK(met);
 }
 
-TEST_CASE("a pool as wide as the machine keeps each worker on a core, a narrower one does not") {
+TEST_CASE("a pool as wide as the machine is kept on its cores, another one is not") {
   cpu_set_t usable;
   REQUIRE(::sched_getaffinity(0, sizeof(usable), &usable) == 0);
   const int num_cores = CPU_COUNT(&usable);
-  const auto cores_of_threads = [](int num_threads) {
-    thread_pool pool(num_threads);
+  const auto cores_of_threads = [](int num_threads, int place) {
     std::vector<cpu_set_t> cores(num_threads);
-    std::atomic<int> present = 0;
-    pool.run(num_threads, [&](std::int32_t, std::int32_t thread) {
-      ::sched_getaffinity(0, sizeof(cpu_set_t), &cores[thread]);
-      ++present;
-      while (present < num_threads) { // a chunk for every thread
-        std::this_thread::yield();
-      }
+    std::thread caller([&] { // which stays on its core
+      thread_pool pool(num_threads);
+      pool.keep_on_cores(place);
+      std::atomic<int> present = 0;
+      pool.run(num_threads, [&](std::int32_t, std::int32_t thread) {
+        ::sched_getaffinity(0, sizeof(cpu_set_t), &cores[thread]);
+        ++present;
+        while (present < num_threads) { // a chunk for every thread
+          std::this_thread::yield();
+        }
+      });
     });
+    caller.join();
     return cores;
   };
-  const auto wide = cores_of_threads(num_cores);
-  CHECK(CPU_EQUAL(&wide[0], &usable)); // the caller's are its own business
-  cpu_set_t used;
-  CPU_ZERO(&used);
-  for (int thread = 1; thread < num_cores; ++thread) {
-    CHECK(CPU_COUNT(&wide[thread]) == 1);
-    CPU_OR(&used, &used, &wide[thread]);
+  if (num_cores > 1) { // with one core `run` does not ask the pool
+    const auto first = cores_of_threads(num_cores, 0);
+    const auto second = cores_of_threads(num_cores, num_cores + 1);
+    cpu_set_t used;
+    CPU_ZERO(&used);
+    for (int thread = 0; thread < num_cores; ++thread) {
+      CHECK(CPU_COUNT(&first[thread]) == 1);
+      CHECK(CPU_EQUAL(&second[thread], &first[(thread + 1) % num_cores]));
+      CPU_OR(&used, &used, &first[thread]);
+    }
+    CHECK(CPU_EQUAL(&used, &usable));
   }
-  CHECK(CPU_COUNT(&used) == num_cores - 1);
-  for (const auto& cores : cores_of_threads(num_cores + 1)) {
+  for (const auto& cores : cores_of_threads(num_cores + 1, 0)) {
     CHECK(CPU_EQUAL(&cores, &usable));
   }
 }

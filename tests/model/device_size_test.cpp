@@ -74,6 +74,22 @@ TEST_CASE("wider weights take more, and groups that a GPU cannot multiply count 
   CHECK(gigabytes(device_weight_bytes(config, part)) < 0.6 * gigabytes(fp8));
 }
 
+TEST_CASE("a head in 8 bit takes half, with scales by groups of 128 columns") {
+  auto config = r1();
+  const auto stored = device_weight_bytes(config, whole_model(config));
+  const auto layer = device_weight_bytes(config, {10, 11, true, 0, 256});
+  config.head = head_format::int8;
+  const auto narrow = device_weight_bytes(config, whole_model(config));
+  const double head = 129280.0 * 7168;
+  CHECK(gigabytes(stored - narrow)
+        == Approx((2 * head - head * (1 + 4.0 / 128)) * (1 + 1.0 / 32) / 1e9).epsilon(0.001));
+  CHECK(device_weight_bytes(config, {10, 11, true, 0, 256}) == layer);
+  // A head that is the embedding is kept apart from it.
+  config.tie_word_embeddings = true;
+  const auto tied = device_weight_bytes(config, whole_model(config));
+  CHECK(gigabytes(tied) == Approx(gigabytes(narrow)).epsilon(1e-6));
+}
+
 TEST_CASE("scratch memory follows the rows of a micro-batch") {
   const auto config = r1();
   stage_options options{10, 18, 2048, true};

@@ -20,6 +20,7 @@ namespace {
 const std::string references = TROUPE_SOURCE_DIR "/tests/data/reference/";
 const std::string bf16_model = references + "deepseek_v3";
 const std::string fp8_model = references + "deepseek_v3_fp8";
+const std::string shapes = TROUPE_SOURCE_DIR "/tests/data/shapes/";
 const std::string mini_model = TROUPE_SOURCE_DIR "/configs/models/troupe-mini";
 
 /// A way to compute, and how far `part` of its log-probabilities may be from the golden ones.
@@ -151,6 +152,64 @@ TEST_CASE("fast numerics: within 3e-2 of the golden log-probabilities, same bits
 
 TEST_CASE("fast numerics: troupe-mini keeps its golden tokens") {
   check_model(mini_model, {{{6}, 0}, {{3, 6}, 2}}, 2, 1, fast());
+}
+
+TEST_CASE(
+  "a head in 8 bit: log-probabilities close to those of the head as stored, same bits however "
+  "it is cut") {
+  // Tied and not; the embedding stays as it is, so the hidden states do.
+  const auto [directory, end, limit] =
+    GENERATE(table<std::string, std::int32_t, double>({{mini_model, 6, 0.1},
+                                                       {bf16_model, 4, 0.1},
+                                                       {references + "llama", 4, 0.1},
+                                                       {shapes + "v3_bias_tied", 3, 0.3}}));
+  CAPTURE(directory);
+  const auto expected = test::load_golden(directory);
+  stage_pipeline stored(directory, {{end}, 0}, 1, 512, cpu());
+  stage_pipeline narrow(directory, {{end}, 0, false, head_format::int8}, 1, 512, cpu());
+  stage_pipeline cut(directory, {{1, end}, 0, false, head_format::int8}, 1, 512, cpu());
+  const auto vocab = stored.vocab_size();
+  std::vector<double> deviations;
+  int num_tokens = 0;
+  int num_others = 0;
+  for (std::size_t i = 0; i < std::min<std::size_t>(expected.size(), 4); ++i) {
+    const auto tokens = expected[i].all_tokens();
+    const auto want = stored.score(tokens, 512);
+    const auto got = narrow.score(tokens, 512);
+    CHECK_FALSE(same_bits(got, want));
+    CHECK(same_bits(cut.score(tokens, 7), got));
+    for (std::size_t row = 0; row < tokens.size(); ++row) {
+      const auto* a = want.data() + row * vocab;
+      const auto* b = got.data() + row * vocab;
+      const auto best = static_cast<std::int32_t>(std::max_element(a, a + vocab) - a);
+      deviations.push_back(std::abs(test::logprob(a, vocab, best) - test::logprob(b, vocab, best)));
+      ++num_tokens;
+      num_others += std::max_element(b, b + vocab) - b == best ? 0 : 1;
+    }
+  }
+  const double median = test::quantile(deviations, 0.5);
+  const double most = test::quantile(deviations, 1.0);
+  WARN(directory.substr(directory.rfind('/') + 1)
+       << ": a head in 8 bit moves the best token's log-probability by " << median << " (median), "
+       << most << " (most), and " << num_others << " of " << num_tokens << " best tokens");
+  CHECK(most > 0.0);
+  CHECK(most < limit);
+}
+
+TEST_CASE("a head in 8 bit: troupe-mini keeps its golden tokens") {
+  for (auto* ops : {&exact().ops, &fast().ops}) {
+    stage_pipeline pipeline(mini_model, {{6}, 0, false, head_format::int8}, 1, 512, *ops);
+    for (const auto& one : test::load_golden(mini_model)) {
+      const auto logits = pipeline.score(one.all_tokens(), 512);
+      int num_others = 0;
+      for (std::size_t i = 0; i < one.tokens.size(); ++i) {
+        const auto* at = logits.data() + (one.prompt.size() - 1 + i) * pipeline.vocab_size();
+        num_others +=
+          std::max_element(at, at + pipeline.vocab_size()) - at == one.tokens[i] ? 0 : 1;
+      }
+      CHECK(num_others == 0);
+    }
+  }
 }
 
 TEST_CASE("sequences mixed in one micro-batch give the same bits as alone") {

@@ -104,6 +104,7 @@ struct layout {
   std::vector<std::int32_t> stage_ends;
   std::int32_t num_groups = 0;
   bool rehearses = false; ///< before it has KV memory, and records steps when it has
+  head_format head = head_format::stored;
 };
 
 /// Consecutive tokens of one sequence.
@@ -131,6 +132,7 @@ public:
     : ops_(*ranks.front()), pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
     auto config = load_model_config(directory);
     REQUIRE(config);
+    config->head = how.head;
     auto source = open_weights(directory);
     REQUIRE(source);
     const auto num_pages = pages_per_sequence_ * max_sequences;

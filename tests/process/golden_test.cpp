@@ -56,6 +56,16 @@ TEST_CASE("fast numerics give the golden tokens") {
   }
 }
 
+TEST_CASE("a head in 8 bit gives the golden tokens") {
+  for (const char* config : {"local.yaml", "tensor.yaml"}) {
+    cluster c(config, {"model.head=int8"});
+    auto crowd = run_golden_crowd(c.endpoint());
+    INFO(config << ":\n" << lines(crowd));
+    CHECK(crowd.empty());
+    c.end();
+  }
+}
+
 TEST_CASE("drafted tokens leave the golden tokens as they are") {
   for (const char* config : {"single.yaml", "local.yaml", "one-pipeline-two-nodes.yaml"}) {
     cluster c(config, {"serving.draft_tokens=2", "serving.prefill_chunk_tokens=40"});

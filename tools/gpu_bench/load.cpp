@@ -142,12 +142,13 @@ bool compute_all(model::stage_model& stage, std::int32_t vocab) {
 
 } // namespace
 
-void bench_load() {
+void bench_load(model::head_format head) {
   auto config = model::parse_model_config(kLayersOfR1, "config.json");
   if (!config) {
     std::printf("load: %s\n", config.error().cause.c_str());
     return;
   }
+  config->head = head;
   model::stage_options options;
   options.end_layer = config->num_layers;
   options.max_rows = kRows;
@@ -180,8 +181,9 @@ void bench_load() {
       return;
     }
     std::printf(
-      "3 layers of R1 and the head, %s: %.2f s, of which the host made %.0f MB in %.2f s\n",
-      first ? "made" : "found", loading, static_cast<double>(source->bytes) / 1e6, source->seconds);
+      "3 layers of R1 and the head%s, %s: %.2f s, of which the host made %.0f MB in %.2f s\n",
+      head == model::head_format::int8 ? " in 8 bit" : "", first ? "made" : "found", loading,
+      static_cast<double>(source->bytes) / 1e6, source->seconds);
     memory.say("weights and activations");
     kept->fill();
     const double rehearsing = seconds_of([&] {

@@ -13,7 +13,7 @@
 
 /// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
 /// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step
-/// ranks load; or boundary, alone.
+/// ranks tensor load; or boundary, alone.
 
 namespace gpu_bench {
 
@@ -40,7 +40,7 @@ void print(const std::string& name, double time, double bytes, double operations
 /// Random bytes that are finite in every type, from which all weights are made.
 const std::vector<unsigned char>& noise() {
   static const auto bytes = [] {
-    std::vector<unsigned char> result(std::size_t{600} << 20);
+    std::vector<unsigned char> result(std::size_t{1000} << 20);
     std::uint64_t state = 1234567;
     for (std::size_t i = 0; i < result.size(); i += 8) {
       state = state * 6364136223846793005ULL + 1442695040888963407ULL;
@@ -54,7 +54,7 @@ const std::vector<unsigned char>& noise() {
 }
 
 const std::vector<float>& ones() {
-  static const std::vector<float> values(1 << 20, 0.01F);
+  static const std::vector<float> values(8 << 20, 0.01F);
   return values;
 }
 
@@ -294,6 +294,7 @@ int run(int argc, char** argv) {
       bench_linear(*ops, {rows, cols, f8}, {1, 8, 32, 64, 128});
     }
     bench_linear(*ops, {32320, 7168, element_type::bf16}, {1, 8, 32, 64, 128});
+    bench_linear(*ops, {129280, 7168, element_type::i8}, {1, 8, 32, 64, 128});
     bench_linear(*ops, {7168, 16384, element_type::bf16}, {1, 8, 32, 64, 128});
     bench_linear(*ops, {7168, 16384, element_type::i8}, {1, 32});
     bench_linear(*ops, {7168, 16384, element_type::i4}, {1, 32});
@@ -321,15 +322,18 @@ int run(int argc, char** argv) {
     bench_experts(*ops);
   }
   if (wanted("step")) {
-    gpu_ops* const alone[] = {ops.get()};
-    bench_steps(alone);
+    bench_steps(1, troupe::model::head_format::stored);
+    bench_steps(1, troupe::model::head_format::int8);
   }
   if (wanted("ranks")) {
     bench_ranks();
+  }
+  if (wanted("tensor")) {
     bench_steps_of_ranks();
   }
   if (wanted("load")) {
-    bench_load();
+    bench_load(troupe::model::head_format::stored);
+    bench_load(troupe::model::head_format::int8);
   }
   if (!ops->failure().empty()) {
     std::fprintf(stderr, "gpu-bench: %s\n", ops->failure().c_str());

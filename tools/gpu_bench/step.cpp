@@ -119,21 +119,45 @@ struct batch {
   std::vector<std::int32_t> tokens, positions, sequences, tables, offsets;
 };
 
+/// Operations of so many GPUs that compute together; empty where there are not that many.
+std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> make_ranks(std::int32_t num_ranks) {
+  std::vector<std::int32_t> devices(num_ranks);
+  std::iota(devices.begin(), devices.end(), 0);
+  std::string error;
+  const auto group =
+    num_ranks > 1 ? kernels::cuda::make_gpu_rank_group(devices, 2048, 7168, error) : nullptr;
+  std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> result;
+  for (const auto device : devices) {
+    result.push_back(kernels::cuda::make_cuda_ops(device, error, nullptr, nullptr, group,
+                                                  group == nullptr ? 0 : device));
+    if (result.back() == nullptr) {
+      std::printf("steps on %d GPUs: %s\n", num_ranks, error.c_str());
+      return {};
+    }
+  }
+  return result;
+}
+
 } // namespace
 
-void bench_steps(std::span<kernels::cuda::gpu_ops* const> ranks) {
+void bench_steps(std::int32_t num_ranks, model::head_format head) {
   constexpr std::int32_t kPage = 64, kPagesEach = 32, kMostSequences = 128, kMostRows = 2048;
   auto config = model::parse_model_config(kLayersOfR1, "config.json");
-  if (!config) {
-    std::printf("steps: %s\n", config.error().cause.c_str());
+  const auto owned = make_ranks(num_ranks);
+  if (!config || owned.empty()) {
+    std::printf("steps: %s\n", config ? "there are no ranks" : config.error().cause.c_str());
     return;
+  }
+  config->head = head;
+  std::vector<kernels::cuda::gpu_ops*> ranks;
+  for (const auto& one : owned) {
+    ranks.push_back(one.get());
   }
   const auto begin = std::chrono::steady_clock::now();
   model::stage_options options;
   options.end_layer = config->num_layers;
   options.max_rows = kMostRows;
   options.checks_finite = false;
-  const auto num_ranks = static_cast<std::int32_t>(ranks.size());
   const auto num_pages = kPagesEach * kMostSequences;
   const auto weights = std::make_shared<shared_noise>(*config);
   std::vector<std::unique_ptr<model::stage_model>> models;
@@ -158,7 +182,8 @@ void bench_steps(std::span<kernels::cuda::gpu_ops* const> ranks) {
   model::stage_group group(std::move(models));
   group.attach_kv(pages, num_pages, kPage);
   auto& ops = *ranks.front();
-  std::printf("3 layers of R1 and the head, on %d GPU(s): placed in %.1f s\n", num_ranks,
+  std::printf("3 layers of R1 and the head%s, on %d GPU(s): placed in %.1f s\n",
+              head == model::head_format::int8 ? " in 8 bit" : "", num_ranks,
               std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
 
   const auto run = [&](const batch& b, std::int32_t num_samples) {
@@ -209,23 +234,9 @@ void bench_steps(std::span<kernels::cuda::gpu_ops* const> ranks) {
 }
 
 void bench_steps_of_ranks() {
-  for (std::int32_t num_ranks = 2; num_ranks <= std::min(8, kernels::cuda::num_devices());
+  for (std::int32_t num_ranks = 1; num_ranks <= std::min(8, kernels::cuda::num_devices());
        num_ranks *= 2) {
-    std::vector<std::int32_t> devices(num_ranks);
-    std::iota(devices.begin(), devices.end(), 0);
-    std::string error;
-    const auto group = kernels::cuda::make_gpu_rank_group(devices, 2048, 7168, error);
-    std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> owned;
-    std::vector<kernels::cuda::gpu_ops*> ranks;
-    for (const auto device : devices) {
-      owned.push_back(kernels::cuda::make_cuda_ops(device, error, nullptr, nullptr, group, device));
-      ranks.push_back(owned.back().get());
-    }
-    if (group == nullptr || std::count(ranks.begin(), ranks.end(), nullptr) > 0) {
-      std::printf("steps on %d GPUs: %s\n", num_ranks, error.c_str());
-      return;
-    }
-    bench_steps(ranks);
+    bench_steps(num_ranks, model::head_format::stored);
   }
 }
 

@@ -107,11 +107,10 @@ std::vector<sampled_token> draw(const matrix& logits, const std::vector<sampling
   return result;
 }
 
-void check_tokens(std::initializer_list<int> vocabularies) {
+void check_tokens(std::initializer_list<int> vocabularies, int rows) {
   std::mt19937 random(12);
   const std::vector<std::int32_t> banned{3, 50, 9999999, -1};
   for (const int vocabulary : vocabularies) {
-    const int rows = vocabulary > 100000 ? 24 : 150;
     auto logits = random_matrix(rows, vocabulary, random, 3.0F);
     std::vector<sampling_params> params(rows);
     for (int m = 0; m < rows; ++m) {
@@ -156,15 +155,23 @@ void check_tokens(std::initializer_list<int> vocabularies) {
 
 } // namespace
 
-TEST_CASE("tokens are drawn as the reference draws them") {
+TEST_CASE("tokens are drawn as the reference draws them", "[large]") {
   if (gpu() != nullptr) {
-    check_tokens({8, 1003});
+    check_tokens({1003}, 18);
   }
 }
 
 TEST_CASE("tokens of R1's vocabulary are drawn as the reference draws them", "[large]") {
   if (gpu() != nullptr) {
-    check_tokens({129280});
+    check_tokens({8, 1003}, 150);
+    check_tokens({129280}, 24);
+  }
+}
+
+TEST_CASE("tokens of a vocabulary beyond shared memory are drawn as the reference draws them",
+          "[large]") {
+  if (gpu() != nullptr) {
+    check_tokens({500003}, 6);
   }
 }
 

@@ -73,6 +73,25 @@ stored_weight find(random_weights& source, const nlohmann::json& quantization,
   return std::move(*weight);
 }
 
+/// Weight memory that outlives those who use it, as a keeper's does.
+class kept_memory final : public kernels::cuda::weight_memory {
+public:
+  std::shared_ptr<void> piece(std::size_t index, std::size_t bytes) override {
+    if (index == pieces_.size()) {
+      std::string error;
+      pieces_.push_back(kernels::cuda::export_memory(0, bytes, error).memory);
+    }
+    return pieces_.at(index);
+  }
+
+  bool is_filled() const override { return is_filled_; }
+  void fill() { is_filled_ = true; }
+
+private:
+  std::vector<std::shared_ptr<void>> pieces_;
+  bool is_filled_ = false;
+};
+
 const std::string kUp = "model.layers.0.mlp.up_proj.weight";     // [inner, hidden]
 const std::string kDown = "model.layers.0.mlp.down_proj.weight"; // [hidden, inner]
 
@@ -104,6 +123,82 @@ TEST_CASE("weights made by the GPU are those of the host, bit by bit") {
     CHECK(download(a.data, bytes) == download(b.data, bytes));
   }
   CHECK(gpu()->failure().empty());
+}
+
+TEST_CASE("weights that the GPU rounds to 8 bit are those of the host, bit by bit") {
+  if (gpu() == nullptr)
+    return;
+  // Made up, brought, and of every wider type.
+  auto source = source_of(nlohmann::json());
+  const auto made = find(source, {}, kDown, 384, 200, weight_loading::recipe);
+  const auto stored = find(source, {}, kDown, 384, 200, weight_loading::load);
+  const auto narrow = [](const weight_matrix& w) {
+    const auto on_host = kernel_tests::reference().place(w, weight_use::int8_product);
+    REQUIRE(on_host.type == element_type::i8);
+    return gpu()->place(on_host);
+  };
+  const auto placed = gpu()->place(made.view(), weight_use::int8_product);
+  CHECK(placed.type == element_type::i8);
+  CHECK(same(placed, narrow(stored.view())));
+  CHECK(same(gpu()->place(stored.view(), weight_use::int8_product), placed));
+  std::mt19937 random(8);
+  for (const auto type : {element_type::f32, element_type::bf16, element_type::f16})
+    for (const auto& [rows, cols] : {std::pair{40, 384}, {33, 200}, {5, 72}}) {
+      const auto w = kernel_tests::random_weight(type, rows, cols, random);
+      CAPTURE(int(type), rows, cols);
+      CHECK(same(gpu()->place(w.view, weight_use::int8_product), narrow(w.view)));
+    }
+  // What has scales already stays as it is.
+  const auto quantised = kernel_tests::random_weight(element_type::f8_e4m3, 64, 256, random, true);
+  CHECK(gpu()->place(quantised.view, weight_use::int8_product).type == element_type::f8_e4m3);
+  CHECK(gpu()->failure().empty());
+}
+
+TEST_CASE("a successor finds weights where its predecessor left them, those in 8 bit too") {
+  if (gpu() == nullptr)
+    return;
+  auto source = source_of(kFp8);
+  const auto kept = std::make_shared<kept_memory>();
+  std::vector<weight_matrix> left, found;
+  std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> owners; // placed weights live as long
+  for (auto* all : {&left, &found}) {
+    std::string error;
+    auto& ops = owners.emplace_back(kernels::cuda::make_cuda_ops(0, error, nullptr, kept));
+    REQUIRE(ops != nullptr);
+    CHECK((ops->reads_of_weights() == kernels::weight_reading::shapes) == (all == &found));
+    const auto place = [&](const std::string& name, int rows, int cols, weight_use use) {
+      const auto made = find(source, kFp8, name, rows, cols, weight_loading::recipe);
+      all->push_back(ops->place(made.view(), use));
+    };
+    place("model.embed_tokens.weight", 300, 384, weight_use::stored);
+    place(kUp, 200, 384, weight_use::product);
+    place("lm_head.weight", 300, 384, weight_use::int8_product);
+    place(kDown, 384, 200, weight_use::product);
+    ops->synchronise();
+    CHECK(ops->failure().empty());
+    kept->fill();
+  }
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    CAPTURE(i);
+    CHECK(found[i].type == left[i].type);
+    CHECK(found[i].data == left[i].data);
+    CHECK(found[i].scales == left[i].scales);
+    if (left[i].packed != nullptr)
+      CHECK(same(found[i], left[i]));
+  }
+  CHECK(left[2].type == element_type::i8);
+}
+
+TEST_CASE("a large weight that the GPU rounds in parts is whole", "[large]") {
+  if (gpu() == nullptr)
+    return;
+  auto source = source_of({}, 300, 1024, 70000);
+  const auto made = find(source, {}, kUp, 70000, 1024, weight_loading::recipe);
+  const auto stored = find(source, {}, kUp, 70000, 1024, weight_loading::load);
+  const auto on_host = kernel_tests::reference().place(stored.view(), weight_use::int8_product);
+  const auto placed = gpu()->place(made.view(), weight_use::int8_product);
+  CHECK(same(placed, gpu()->place(on_host)));
+  CHECK(same(placed, gpu()->place(stored.view(), weight_use::int8_product)));
 }
 
 TEST_CASE("large weights made or brought in parts are whole", "[large]") {

@@ -65,10 +65,11 @@ public:
 
   gpu_model(const std::string& directory, std::int32_t max_sequences, std::int32_t max_tokens,
             std::int32_t max_rows, const std::vector<kernels::ops*>& ranks,
-            std::int32_t max_drafts = 0)
+            std::int32_t max_drafts = 0, head_format head = head_format::stored)
     : ops_(*ranks.front()), pages_per_sequence_((max_tokens + page_tokens - 1) / page_tokens) {
     auto config = load_model_config(directory);
     REQUIRE(config);
+    config->head = head;
     auto source = open_weights(directory);
     REQUIRE(source);
     const auto num_pages = pages_per_sequence_ * max_sequences;
@@ -219,11 +220,12 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
 }
 
 /// Greedy tokens of all golden conversations, in one crowd, are the golden ones.
-void check_conversations(const std::vector<kernels::ops*>& ranks) {
+void check_conversations(const std::vector<kernels::ops*>& ranks,
+                         head_format head = head_format::stored) {
   const auto directory = source_directory() + "/configs/models/troupe-mini";
   const auto expected = test::load_golden(directory);
   const auto num_sequences = static_cast<std::int32_t>(expected.size());
-  gpu_model model(directory, num_sequences, 320, 2048, ranks);
+  gpu_model model(directory, num_sequences, 320, 2048, ranks, 0, head);
   std::vector<test::slice> slices;
   std::vector<std::vector<std::int32_t>> drawn(expected.size());
   for (std::int32_t s = 0; s < num_sequences; ++s)
@@ -257,6 +259,37 @@ void check_conversations(const std::vector<kernels::ops*>& ranks) {
 TEST_CASE("greedy decoding of troupe-mini's conversations gives the golden tokens", "[model]") {
   if (gpu() != nullptr)
     check_conversations({gpu()});
+}
+
+TEST_CASE("a head in 8 bit: golden tokens, log-probabilities close to those of the head as stored",
+          "[model]") {
+  if (gpu() == nullptr)
+    return;
+  check_conversations({gpu()}, head_format::int8);
+  for (const std::string name : {"configs/models/troupe-mini", "tests/data/shapes/v3_bias_tied"}) {
+    const auto directory = source_directory() + "/" + name;
+    const std::vector<kernels::ops*> ops{gpu()};
+    gpu_model stored(directory, 1, 512, 512, ops);
+    gpu_model narrow(directory, 1, 512, 512, ops, 0, head_format::int8);
+    const auto tokens = test::load_golden(directory).front().all_tokens();
+    const auto want = stored.score(tokens, 512);
+    const auto got = narrow.score(tokens, 512);
+    CHECK_FALSE(same_bits(got, want));
+    CHECK(same_bits(narrow.score(tokens, 1), got));
+    double most = 0.0;
+    for (std::size_t row = 0; row < tokens.size(); ++row) {
+      const auto vocab = stored.vocab_size();
+      const auto* a = want.data() + row * vocab;
+      const auto* b = got.data() + row * vocab;
+      const auto best = static_cast<std::int32_t>(std::max_element(a, a + vocab) - a);
+      most =
+        std::max(most, std::abs(test::logprob(a, vocab, best) - test::logprob(b, vocab, best)));
+    }
+    WARN(name << ": a head in 8 bit moves log-probabilities by up to " << most);
+    CHECK(most > 0.0);
+    CHECK(most < 0.3);
+  }
+  CHECK(gpu()->failure().empty());
 }
 
 TEST_CASE("stages on two and four ranks: golden values, the same bits in any chunks", "[model]") {
