@@ -37,7 +37,6 @@ stage::stage(caf::actor_config& config, std::uint32_t replica, std::uint32_t ind
 }
 
 stage::behavior_type stage::make_behavior() {
-  ops_->keep_on_cores(0);
   return {
     [this](const run_micro_batch& asked) {
       if (faults_.take(*this, faults::point::message_receive, frontend_name, asked))

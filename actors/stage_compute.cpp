@@ -63,6 +63,8 @@ stage_compute::stage_compute(caf::actor_config& config,
     traits_(std::move(traits)) {}
 
 stage_compute::behavior_type stage_compute::make_behavior() {
+  if (ops_.size() == 1)
+    ops_.front()->keep_on_cores(0);
   return {[this](const stage_work& work) {
     auto asker = caf::actor_cast<stage_local>(current_sender());
     traits_.pulse.computing();
