@@ -90,6 +90,15 @@ std::uint64_t mlp_size(std::int32_t hidden, std::int32_t intermediate) {
   return 3 * static_cast<std::uint64_t>(hidden) * static_cast<std::uint64_t>(intermediate);
 }
 
+proto::AllReduce all_reduce_of(config::all_reduce wanted) {
+  switch (wanted) {
+  case config::all_reduce::automatic: break;
+  case config::all_reduce::peer: return proto::ALL_REDUCE_PEER;
+  case config::all_reduce::nccl: return proto::ALL_REDUCE_NCCL;
+  }
+  return proto::ALL_REDUCE_AUTO;
+}
+
 } // namespace
 
 placement::model_shape shape_of(const model::model_config& m) {
@@ -150,6 +159,7 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
   const auto& serving = cluster.serving;
   proto::ClusterPlan plan;
   plan.set_tensor_ranks(cluster.parallel.tensor);
+  plan.set_all_reduce(all_reduce_of(cluster.parallel.sums));
   plan.set_cluster(cluster.cluster);
   plan.set_model_path(cluster.model.path.string());
   plan.set_model_name(cluster.model.name);

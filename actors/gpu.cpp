@@ -30,6 +30,19 @@ namespace {
 /// A keeper makes its CUDA context first, which on a cold machine takes seconds.
 constexpr auto keeper_patience = std::chrono::milliseconds(20'000);
 
+/// How long the ranks of a stage wait for each other.
+constexpr auto sum_deadline = std::chrono::milliseconds(2'000);
+
+using kernels::cuda::sum_transport;
+
+sum_transport transport_of(proto::AllReduce wanted) {
+  switch (wanted) {
+  case proto::ALL_REDUCE_PEER: return sum_transport::peer;
+  case proto::ALL_REDUCE_NCCL: return sum_transport::nccl;
+  default: return sum_transport::automatic;
+  }
+}
+
 /// The least that is worth a block of its own.
 constexpr std::size_t marker_bytes = 256;
 
@@ -227,8 +240,8 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
 }
 
 expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
-gpu::join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows,
-          std::int32_t num_cols) {
+gpu::join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, std::int32_t num_cols,
+          proto::AllReduce wanted) {
   std::vector<std::int32_t> devices;
   for (const auto& rank : ranks) {
     auto index = index_of(rank->name());
@@ -237,13 +250,23 @@ gpu::join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows,
     devices.push_back(*index);
   }
   std::string why;
-  auto group = kernels::cuda::make_gpu_rank_group(devices, max_rows, num_cols, why);
+  auto begin = std::chrono::steady_clock::now();
+  auto group = kernels::cuda::make_gpu_rank_group(devices, max_rows, num_cols, why, sum_deadline,
+                                                  transport_of(wanted));
   if (!group)
     return fail(
       error_code::unavailable, why,
-      "nvidia-smi topo -p2p r shows which GPUs reach each other; write parallel.tensor: 1 "
-      "otherwise");
+      "nvidia-smi topo -p2p r shows which GPUs reach each other; others need NCCL (libnccl.so.2), "
+      "or parallel.tensor: 1");
+  spdlog::info(
+    "{} GPUs add up rows by {}, ready in {:.0f} ms", group->size(),
+    group->transport() == sum_transport::nccl ? "NCCL" : "peer memory",
+    std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
   return group;
+}
+
+void gpu::prepare_environment() {
+  kernels::cuda::prepare_environment();
 }
 
 int run_keeper(const keeper_options& options) {
@@ -273,9 +296,11 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
 }
 
 expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
-gpu::join(std::span<const std::shared_ptr<gpu>>, std::int32_t, std::int32_t) {
+gpu::join(std::span<const std::shared_ptr<gpu>>, std::int32_t, std::int32_t, proto::AllReduce) {
   return fail(error_code::invalid_config, "this troupe was built without CUDA");
 }
+
+void gpu::prepare_environment() {}
 
 int run_keeper(const keeper_options&) {
   spdlog::critical("this troupe was built without CUDA");

@@ -4,6 +4,7 @@
 #include "troupe/base/error.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/pulse_page.hpp"
+#include "cluster.pb.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -60,9 +61,14 @@ public:
   virtual expected<std::shared_ptr<void>> map_kv(const std::string& actor, std::size_t bytes) = 0;
 
   /// Where the ranks of a stage on these GPUs meet, to add up as many rows of as many columns.
-  /// Errors: unavailable where they do not reach each other's memory; resource_exhausted.
+  /// Errors: unavailable where they do not reach each other's memory and there is no NCCL, or where
+  /// what is asked for is not there; resource_exhausted.
   static expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
-  join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, std::int32_t num_cols);
+  join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, std::int32_t num_cols,
+       proto::AllReduce wanted);
+
+  /// What libraries of GPUs read in the environment. Call it before any thread starts.
+  static void prepare_environment();
 
   /// What a part of a model is loaded with: `load` is called with operations that place its
   /// weights in kept memory. `content` says which weights they are: those of another content are

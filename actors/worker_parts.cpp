@@ -211,7 +211,7 @@ struct loader {
     if (num_ranks() > 1 && gpus.empty())
       cpus = kernels::make_cpu_rank_group(num_ranks());
     if (num_ranks() > 1 && !gpus.empty()) {
-      auto joined = gpu::join(gpus, options.max_rows, config.hidden_size);
+      auto joined = gpu::join(gpus, options.max_rows, config.hidden_size, plan().all_reduce());
       if (!joined)
         return tl::unexpected(joined.error());
       group = std::move(*joined);

@@ -50,7 +50,7 @@ std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress,
                                        std::shared_ptr<weight_memory> weights,
                                        std::shared_ptr<gpu_rank_group> group, std::int32_t rank) {
-  auto ranks = std::static_pointer_cast<rank_group>(std::move(group));
+  auto ranks = std::static_pointer_cast<summing_group>(std::move(group));
   if (ranks != nullptr && (rank < 0 || rank >= ranks->size() || ranks->device(rank) != device)) {
     error = "cuda:" + std::to_string(device) + " is not that of rank " + std::to_string(rank);
     return nullptr;
@@ -65,7 +65,7 @@ std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
 }
 
 cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
-                   std::shared_ptr<weight_memory> weights, std::shared_ptr<rank_group> group,
+                   std::shared_ptr<weight_memory> weights, std::shared_ptr<summing_group> group,
                    std::int32_t rank)
   : group_(std::move(group)),
     rank_(rank),
@@ -127,7 +127,12 @@ void cuda_ops::launched(const char* what) {
 }
 
 void cuda_ops::check_group() {
-  if (group_ != nullptr && gpu_.ok() && group_->has_failed(rank_)) {
+  if (group_ == nullptr) {
+    return;
+  }
+  if (!gpu_.ok()) {
+    group_->give_up(rank_, gpu_.failure());
+  } else if (group_->has_failed(rank_)) {
     gpu_.fail(group_->failure(rank_));
   }
 }

@@ -8,8 +8,8 @@
 #include "troupe/kernels/cuda/context.hpp"
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 #include "troupe/kernels/cuda/kernels.hpp"
-#include "troupe/kernels/cuda/rank_group.hpp"
 #include "troupe/kernels/cuda/recording.hpp"
+#include "troupe/kernels/cuda/summing_group.hpp"
 
 namespace troupe::kernels::cuda {
 
@@ -25,7 +25,7 @@ struct placed_weight {
 class cuda_ops final : public gpu_ops {
 public:
   cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
-           std::shared_ptr<weight_memory> weights, std::shared_ptr<rank_group> group,
+           std::shared_ptr<weight_memory> weights, std::shared_ptr<summing_group> group,
            std::int32_t rank);
   ~cuda_ops() override;
 
@@ -122,7 +122,7 @@ private:
   /// The same for what waits for the device, which a recorded step cannot.
   bool begin_waiting(std::int32_t num_rows = 1);
   void launched(const char* what);
-  /// Takes over what the kernels of this rank have noted.
+  /// Takes over that the group has failed, or tells it that this GPU has.
   void check_group();
   void tick() { progress_->fetch_add(1, std::memory_order_relaxed); }
 
@@ -172,7 +172,7 @@ private:
   };
   const expert_table* find_experts(std::span<const expert_weights> experts);
 
-  std::shared_ptr<rank_group> group_; ///< null: computes alone
+  std::shared_ptr<summing_group> group_; ///< null: computes alone
   std::int32_t rank_;
   context gpu_;
   cudaStream_t stream_;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "troupe/kernels/cuda/shared_memory.hpp"
+#include "troupe/kernels/cuda/sum_transport.hpp"
 #include "troupe/kernels/ops.hpp"
 
 /// What a GPU offers beyond `ops`. This header needs no CUDA toolkit, so code that is built
@@ -78,23 +79,30 @@ public:
                                   const rows_view& to) = 0;
 };
 
-/// What the ranks of a tensor-parallel group on GPUs share: memory of each GPU that all of them
-/// reach, and who has waited for whom in vain. The first rank that waits for another beyond the
+/// What the ranks of a tensor-parallel group on GPUs share: what carries rows from one to the
+/// other, and who has waited for whom in vain. The first rank that waits for another beyond the
 /// deadline ends the group: `failure` of every rank says so, and nothing waits any more.
 class gpu_rank_group {
 public:
   virtual ~gpu_rank_group() = default;
   virtual std::int32_t size() const = 0;
+  virtual sum_transport transport() const = 0;
 };
+
+/// What NCCL is told by the environment, unless somebody has told it otherwise. Call it before any
+/// thread starts, in processes that may make a group.
+void prepare_environment();
 
 /// A group whose rank r computes on devices[r]; ranks may share a GPU, which is of use for tests
 /// alone. max_rows x num_cols: the largest rows that `all_reduce` is given as a rule; larger ones
 /// are added up in several parts. The deadline is for the time from when one rank comes to when the
-/// last one does. Null with the cause in `error`.
+/// last one does. `automatic` is decided here (choose_transport); the bits are the same with each.
+/// Null with the cause in `error`: where NCCL is asked for, also when its library is not there.
 std::shared_ptr<gpu_rank_group>
 make_gpu_rank_group(std::span<const std::int32_t> devices, std::int32_t max_rows,
                     std::int32_t num_cols, std::string& error,
-                    std::chrono::milliseconds deadline = std::chrono::seconds(2));
+                    std::chrono::milliseconds deadline = std::chrono::seconds(2),
+                    sum_transport transport = sum_transport::automatic);
 
 /// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
 /// object, is counted up with every operation and every wait that ended. Weights are placed in

@@ -29,27 +29,10 @@ bool check(cudaError_t status, const char* what, std::string& error) {
 
 } // namespace
 
-std::shared_ptr<gpu_rank_group> make_gpu_rank_group(std::span<const std::int32_t> devices,
-                                                    std::int32_t max_rows, std::int32_t num_cols,
-                                                    std::string& error,
-                                                    std::chrono::milliseconds deadline) {
-  return rank_group::make(devices, max_rows, num_cols, deadline, error);
-}
-
 std::shared_ptr<rank_group> rank_group::make(std::span<const std::int32_t> devices,
                                              std::int32_t max_rows, std::int32_t num_cols,
                                              std::chrono::milliseconds deadline,
                                              std::string& error) {
-  if (devices.empty() || devices.size() > kMostRanks || max_rows < 1 || num_cols < 1) {
-    error = "a group has 1 to " + std::to_string(kMostRanks) + " ranks, and rows";
-    return nullptr;
-  }
-  for (const std::int32_t device : devices) {
-    if (device < 0 || device >= num_devices()) {
-      error = "there is no cuda:" + std::to_string(device);
-      return nullptr;
-    }
-  }
   const std::shared_ptr<rank_group> result(new rank_group);
   result->devices_.assign(devices.begin(), devices.end());
   result->deadline_ = deadline;
@@ -108,7 +91,7 @@ bool rank_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf
   if (size() == 1 || x.num_rows == 0 || x.num_cols == 0) {
     return true;
   }
-  const auto row = (static_cast<std::uint32_t>(x.num_cols) + 7) / 8;
+  const auto row = pieces_per_row(x.num_cols);
   const auto rows_at_once =
     static_cast<std::int32_t>(std::min<std::int64_t>(layout_.most_many / row, x.num_rows));
   if (rows_at_once == 0) {
@@ -124,17 +107,7 @@ bool rank_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf
   view.deadline_ns = static_cast<std::uint64_t>(std::chrono::nanoseconds(deadline_).count());
   for (std::int32_t first = 0; first < x.num_rows; first += rows_at_once) {
     const auto count = std::min(rows_at_once, x.num_rows - first);
-    pieces_of_rows part;
-    part.data = x.data + first * x.stride;
-    part.stride = x.stride;
-    // Rows without gaps are one long row, unless that would cut pieces in another way than on a
-    // rank whose rows have gaps.
-    const bool dense = count == 1 || (x.stride == x.num_cols && x.num_cols % 8 == 0);
-    part.num_cols = static_cast<std::uint32_t>(dense ? count * x.num_cols : x.num_cols);
-    part.per_row = (part.num_cols + 7) / 8;
-    part.count = row * count;
-    part.whole = x.num_cols % 8 == 0 && (dense || x.stride % 8 == 0)
-                 && reinterpret_cast<std::uintptr_t>(part.data) % 16 == 0;
+    const auto part = pieces_of(x, first, count);
     const bool fits = part.count <= layout_.most_few
                       && (part.count + kFewThreads - 1) / kFewThreads
                            <= static_cast<std::uint32_t>(most_few_blocks_);
@@ -159,9 +132,7 @@ std::string rank_group::failure(std::int32_t rank) const {
   }
   const auto who = static_cast<std::int32_t>(note >> 8) - 1;
   const auto whom = static_cast<std::int32_t>(note & 0xFFU) - 1;
-  return "rank " + std::to_string(who) + (who == rank ? " (this one)" : "") + " waited "
-         + std::to_string(deadline_.count()) + " ms for rank " + std::to_string(whom)
-         + (whom == rank ? " (this one)" : "") + " in vain";
+  return waited_in_vain(rank, who, whom, deadline_.count());
 }
 
 } // namespace troupe::kernels::cuda

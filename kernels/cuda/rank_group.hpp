@@ -8,13 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "troupe/kernels/cuda/cuda_ops.hpp"
-#include "troupe/kernels/cuda/kernels.hpp"
+#include "troupe/kernels/cuda/pieces.hpp"
+#include "troupe/kernels/cuda/summing_group.hpp"
 
 /// The sum of rows over the GPUs of one process (rank_group.cu).
 namespace troupe::kernels::cuda {
-
-inline constexpr std::int32_t kMostRanks = 8;
 
 /// How parts reach the other ranks. Every element is the float32 sum of its parts in order of
 /// ranks, rounded once, so all ways give the same bits.
@@ -91,35 +89,28 @@ struct rank_view {
   std::uint64_t deadline_ns = 0;
 };
 
-/// Rows in pieces of 16 bytes.
-struct pieces_of_rows {
-  bf16* data = nullptr;
-  std::int64_t stride = 0;
-  std::uint32_t num_cols = 0;
-  std::uint32_t per_row = 0;
-  std::uint32_t count = 0;
-  bool whole = false; ///< every piece is 16 bytes on a border of 16 bytes
-};
-
-/// See gpu_rank_group. Ranks may use it at the same time.
-class rank_group final : public gpu_rank_group {
+/// A group that exchanges rows by peer memory.
+class rank_group final : public summing_group {
 public:
   static std::shared_ptr<rank_group> make(std::span<const std::int32_t> devices,
                                           std::int32_t max_rows, std::int32_t num_cols,
                                           std::chrono::milliseconds deadline, std::string& error);
 
   std::int32_t size() const override { return static_cast<std::int32_t>(devices_.size()); }
-  std::int32_t device(std::int32_t rank) const { return devices_[rank]; }
+  sum_transport transport() const override { return sum_transport::peer; }
+  std::int32_t device(std::int32_t rank) const override { return devices_[rank]; }
 
-  /// Queues x = sum over ranks for one of them, whose device is current. False: rows are wider than
-  /// the memory of the group.
+  bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x) override {
+    return add_up(stream, rank, x, exchange_way::best);
+  }
   bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x,
-              exchange_way way = exchange_way::best) const;
+              exchange_way way) const;
 
-  /// Whether a kernel of this rank has waited in vain: a look at host memory.
-  bool has_failed(std::int32_t rank) const { return read_note(rank) != 0; }
-  /// Who waited for whom.
-  std::string failure(std::int32_t rank) const;
+  /// Whether a kernel of this rank has waited in vain.
+  bool has_failed(std::int32_t rank) const override { return read_note(rank) != 0; }
+  std::string failure(std::int32_t rank) const override;
+  /// Others find out, since they write to that GPU.
+  void give_up(std::int32_t, const std::string&) override {}
 
 private:
   rank_group() = default;

@@ -57,12 +57,21 @@ struct model_settings {
   std::string name; ///< as clients see it; by default the last component of path
 };
 
+/// What carries rows from GPU to GPU where several compute a stage. The sums have the same bits.
+enum class all_reduce : std::uint8_t {
+  automatic, ///< peer memory where all GPUs reach each other's, NCCL elsewhere
+  peer,
+  nccl,
+};
+
 struct parallel_settings {
   std::uint32_t data = 1;            ///< replicas of the model
   std::uint32_t pipeline = 1;        ///< stages of a replica
   std::uint32_t tensor = 1;          ///< devices of a stage
   std::uint32_t expert_groups = 0;   ///< 0: the experts live inside the stages
   std::uint32_t expert_replicas = 1; ///< copies of every expert group
+
+  all_reduce sums = all_reduce::automatic; ///< of the devices of a stage
 };
 
 struct serving_settings {

@@ -232,10 +232,23 @@ void check_device_kinds(section& root, const cluster_config& config) {
     }
 }
 
-void read_parallel(section from, parallel_settings& parallel) {
+bool has_gpus(const cluster_config& config) {
+  return std::ranges::any_of(config.nodes, [](const node& each) {
+    return !each.devices.empty() && each.devices.front().kind == device_kind::cuda;
+  });
+}
+
+void read_parallel(section from, parallel_settings& parallel, bool has_gpus) {
   from.read_number("data", parallel.data, 1, 256);
   from.read_number("pipeline", parallel.pipeline, 1, 256);
   from.read_number("tensor", parallel.tensor, 1, 8);
+  constexpr std::array<std::pair<std::string_view, all_reduce>, 3> ways = {
+    {{"auto", all_reduce::automatic}, {"peer", all_reduce::peer}, {"nccl", all_reduce::nccl}}};
+  from.read_choice<all_reduce>("all_reduce", parallel.sums, ways);
+  if (parallel.sums != all_reduce::automatic && parallel.tensor == 1)
+    from.refuse("all_reduce", "there is nothing to add up where parallel.tensor is 1; write auto");
+  else if (parallel.sums != all_reduce::automatic && !has_gpus)
+    from.refuse("all_reduce", "CPUs have one way to add up; write auto");
   from.read_number("expert_groups", parallel.expert_groups, 0, 1024);
   from.read_number("expert_replicas", parallel.expert_replicas, 1, 16);
   from.done();
@@ -353,7 +366,7 @@ expected<cluster_config> parse_text(std::string_view text, const fs::path& file,
   read_model(top.child("model"), config.model, file);
   read_nodes(top, config, problems);
   check_device_kinds(top, config);
-  read_parallel(top.child("parallel"), config.parallel);
+  read_parallel(top.child("parallel"), config.parallel, has_gpus(config));
   read_serving(top.child("serving"), config.serving);
   read_recovery(top.child("recovery"), config.recovery);
   read_network(top.child("network"), config.network);

@@ -141,6 +141,16 @@ TEST_CASE("a head in 8 bit makes the last stage smaller, and no other") {
   CHECK(narrow[1].need.scratch == stored[1].need.scratch);
 }
 
+TEST_CASE("workers are told how their GPUs are to add up rows") {
+  auto cluster = two_gpus(1, 0);
+  cluster.parallel.tensor = 2;
+  CHECK(plan_of(cluster).all_reduce() == proto::ALL_REDUCE_AUTO);
+  cluster.parallel.sums = config::all_reduce::peer;
+  CHECK(plan_of(cluster).all_reduce() == proto::ALL_REDUCE_PEER);
+  cluster.parallel.sums = config::all_reduce::nccl;
+  CHECK(plan_of(cluster).all_reduce() == proto::ALL_REDUCE_NCCL);
+}
+
 TEST_CASE("the first GPU that is too small is refused, by name; unknown ones are not") {
   const auto model = small_model();
   const auto plan = plan_of(two_gpus(2, 0));

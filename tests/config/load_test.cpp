@@ -160,6 +160,36 @@ TEST_CASE("every key arrives in its own field") {
   CHECK(loaded->where("drill.name") == file_name);
 }
 
+TEST_CASE("how GPUs add up rows is chosen where there are GPUs that do") {
+  const auto file = [](const std::string& devices, const std::string& parallel) {
+    return model_line + "nodes: [{devices: [" + devices + "]}]\nparallel: {" + parallel + "}";
+  };
+  const std::string gpus = "'cuda:0', 'cuda:1'";
+  const auto sums_of = [&](const std::string& parallel) {
+    const auto loaded = config::parse(file(gpus, parallel), file_name);
+    REQUIRE(loaded);
+    return loaded->parallel.sums;
+  };
+  CHECK(sums_of("tensor: 2") == config::all_reduce::automatic);
+  CHECK(sums_of("tensor: 2, all_reduce: auto") == config::all_reduce::automatic);
+  CHECK(sums_of("tensor: 2, all_reduce: peer") == config::all_reduce::peer);
+  CHECK(sums_of("tensor: 2, all_reduce: nccl") == config::all_reduce::nccl);
+  CHECK(sums_of("tensor: 1, all_reduce: auto") == config::all_reduce::automatic);
+
+  const auto refusal = [&](const std::string& devices, const std::string& parallel) {
+    const auto found = problems_in(file(devices, parallel));
+    REQUIRE(found.size() == 1);
+    return found.front();
+  };
+  const std::string begin = "c.yaml:3:35: parallel.all_reduce: ";
+  CHECK(refusal(gpus, "tensor: 2, all_reduce: NCCL")
+        == begin + "\"NCCL\" is not known; write one of: auto, peer, nccl");
+  CHECK(refusal(gpus, "tensor: 1, all_reduce: nccl")
+        == begin + "there is nothing to add up where parallel.tensor is 1; write auto");
+  CHECK(refusal("cpu, cpu", "tensor: 2, all_reduce: peer")
+        == begin + "CPUs have one way to add up; write auto");
+}
+
 TEST_CASE("the shipped cluster files load") {
   const std::string folder = TROUPE_SOURCE_DIR "/configs/";
   for (const std::string name : {"local", "single", "two-nodes", "standby", "replicas",
@@ -190,10 +220,11 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 5) + (1 + 12) + (1 + 12) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 6) + (1 + 12) + (1 + 12) + (1 + 1));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
+  CHECK(all->parallel.sums == plain->parallel.sums);
   CHECK(all->serving.max_batch_tokens == plain->serving.max_batch_tokens);
   CHECK(all->serving.max_batch_sequences == plain->serving.max_batch_sequences);
   CHECK(all->serving.prefill_chunk_tokens == plain->serving.prefill_chunk_tokens);

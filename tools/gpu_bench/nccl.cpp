@@ -6,6 +6,8 @@
 
 #include <dlfcn.h>
 
+#include "troupe/kernels/cuda/cuda_ops.hpp"
+
 #if __has_include(<nccl.h>)
 #include <nccl.h>
 #define TROUPE_HAS_NCCL
@@ -32,6 +34,8 @@ public:
     }
     // Multicast is a matter of the whole host.
     ::setenv("NCCL_NVLS_ENABLE", "0", 1);
+    ::setenv("NCCL_P2P_DISABLE", "0", 0); // the ruler is what NCCL can do
+    troupe::kernels::cuda::prepare_environment();
     std::vector<ncclComm_t> ranks(devices.size());
     const std::vector<int> list(devices.begin(), devices.end());
     const auto status = init_all_(ranks.data(), static_cast<int>(list.size()), list.data());

@@ -1,8 +1,11 @@
 #include "ranks.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <functional>
+#include <span>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -95,6 +98,46 @@ double time_ranks(const std::vector<std::unique_ptr<gpu_ops>>& ops, int repeats,
   return failed ? -1.0 : *std::max_element(times.begin(), times.end());
 }
 
+/// The same without a graph, by the host's clock.
+double time_one_by_one(const std::vector<std::unique_ptr<gpu_ops>>& ops,
+                       const std::function<void(int rank)>& work) {
+  constexpr int kCalls = 200;
+  const auto begin = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (std::size_t rank = 0; rank < ops.size(); ++rank) {
+    threads.emplace_back([&, rank] {
+      cudaSetDevice(static_cast<int>(rank));
+      for (int call = 0; call < kCalls; ++call) {
+        work(static_cast<int>(rank));
+      }
+      ops[rank]->synchronise();
+    });
+  }
+  for (auto& thread : threads) {
+    thread.join();
+  }
+  const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - begin;
+  return took.count() / kCalls;
+}
+
+/// Says what it takes.
+std::shared_ptr<summing_group> open_group_over_nccl(std::span<const std::int32_t> devices,
+                                                    std::int32_t max_rows) {
+  std::string error;
+  const auto before = memory_of(devices.front()).free_bytes;
+  const auto begin = std::chrono::steady_clock::now();
+  auto group = make_gpu_rank_group(devices, max_rows, kHidden, error, std::chrono::seconds(2),
+                                   sum_transport::nccl);
+  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
+  if (group == nullptr) {
+    std::printf("a group over NCCL: %s\n", error.c_str());
+    return nullptr;
+  }
+  std::printf("a group over NCCL: ready after %.0f ms, %.0f MB a GPU\n", took.count(),
+              static_cast<double>(before - memory_of(devices.front()).free_bytes) * 1e-6);
+  return std::static_pointer_cast<summing_group>(std::move(group));
+}
+
 void bench_sums(int num_ranks) {
   std::vector<std::int32_t> devices(num_ranks);
   for (int rank = 0; rank < num_ranks; ++rank) {
@@ -102,7 +145,9 @@ void bench_sums(int num_ranks) {
   }
   constexpr std::int32_t kMostRows = (1 << 30) / (2 * kHidden);
   std::string error;
-  const auto shared = make_gpu_rank_group(devices, kMostRows, kHidden, error);
+  constexpr auto kPatience = std::chrono::seconds(2);
+  const auto shared =
+    make_gpu_rank_group(devices, kMostRows, kHidden, error, kPatience, sum_transport::peer);
   std::vector<std::unique_ptr<gpu_ops>> ops;
   std::vector<std::shared_ptr<void>> memory;
   for (int rank = 0; rank < num_ranks && shared != nullptr; ++rank) {
@@ -116,10 +161,12 @@ void bench_sums(int num_ranks) {
     std::printf("sums over %d GPUs: %s\n", num_ranks, error.c_str());
     return;
   }
-  const auto& group = static_cast<const rank_group&>(*shared);
+  auto& peers = static_cast<rank_group&>(*shared);
   const auto library = open_nccl(devices);
-  std::printf("%d GPUs, us a call in a graph (bus GB/s): few, many, the best, NCCL%s\n", num_ranks,
-              library == nullptr ? " (not there)" : "");
+  const auto over_nccl = library == nullptr ? nullptr : open_group_over_nccl(devices, kMostRows);
+  std::printf(
+    "%d GPUs, us a call in a graph (bus GB/s): few, many, the best, NCCL%s, ours over it\n",
+    num_ranks, library == nullptr ? " (not there)" : "");
   for (const int rows : {1, 2, 4, 8, 18, 36, 73, 146, 292, 585, 2340, 4096, kMostRows}) {
     const std::size_t bytes = std::size_t(rows) * kHidden * 2;
     const int repeats = bytes > (std::size_t{64} << 20) ? 4 : bytes > (4 << 20) ? 20 : 200;
@@ -135,7 +182,7 @@ void bench_sums(int num_ranks) {
         continue;
       }
       print(time_ranks(ops, repeats, [&](int rank) {
-        group.add_up(stream(rank), rank,
+        peers.add_up(stream(rank), rank,
                      {static_cast<bf16*>(memory[rank].get()), rows, kHidden, kHidden}, way);
       }));
     }
@@ -144,8 +191,27 @@ void bench_sums(int num_ranks) {
         library->all_reduce(rank, memory[rank].get(), bytes / 2, stream(rank));
       }));
     }
+    if (over_nccl != nullptr) {
+      print(time_ranks(ops, repeats, [&](int rank) {
+        over_nccl->add_up(stream(rank), rank,
+                          {static_cast<bf16*>(memory[rank].get()), rows, kHidden, kHidden});
+      }));
+    }
     std::printf("\n");
     std::fflush(stdout);
+  }
+  for (auto* const group : {static_cast<summing_group*>(&peers), over_nccl.get()}) {
+    if (group != nullptr) {
+      const double time = time_one_by_one(ops, [&](int rank) {
+        group->add_up(static_cast<cudaStream_t>(ops[rank]->stream()), rank,
+                      {static_cast<bf16*>(memory[rank].get()), 1, kHidden, kHidden});
+      });
+      std::printf("one row, not recorded, %s: %.1f us a call\n",
+                  group == over_nccl.get() ? "over NCCL" : "by peer memory", time);
+      if (group->has_failed(0)) {
+        std::printf("%s\n", group->failure(0).c_str());
+      }
+    }
   }
   for (const auto& one : ops) {
     if (!one->failure().empty()) {

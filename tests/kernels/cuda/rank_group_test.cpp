@@ -1,140 +1,19 @@
-#include "gpu.hpp"
+#include "ranks.hpp"
 
 #include <barrier>
-#include <chrono>
-#include <cstdlib>
 #include <functional>
 #include <random>
 #include <set>
-#include <thread>
-
-#include <cuda_runtime_api.h>
 
 #include "troupe/kernels/cuda/rank_group.hpp"
 
 namespace kernel_tests {
 
-using std::chrono::milliseconds;
-using std::chrono::steady_clock;
 using troupe::kernels::cuda::exchange_way;
-using troupe::kernels::cuda::gpu_rank_group;
-using troupe::kernels::cuda::make_cuda_ops;
 using troupe::kernels::cuda::make_gpu_rank_group;
-using troupe::kernels::cuda::num_devices;
 using troupe::kernels::cuda::rank_group;
 
 namespace {
-
-/// Ranks that share a GPU wait for each other's kernels: each stream needs a queue of its own, and
-/// kernels have to be there before any waits. Read when the driver starts.
-const bool has_environment = [] {
-  ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-  ::setenv("CUDA_MODULE_LOADING", "EAGER", 0);
-  return true;
-}();
-
-using bits = std::vector<std::uint16_t>;
-
-/// Values of very different sizes, a fourth of which cancel what the rank before has, so that the
-/// order of additions shows.
-std::vector<bits> random_parts(int num_ranks, std::size_t count, std::mt19937& random) {
-  std::vector<bits> parts(num_ranks, bits(count));
-  for (std::size_t i = 0; i < count; ++i) {
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      const auto draw = static_cast<std::uint32_t>(random());
-      parts[rank][i] =
-        static_cast<std::uint16_t>((draw & 0x807FU) | (112 + (draw >> 20) % 32) << 7);
-      if (rank > 0 && draw >> 30 == 0) {
-        parts[rank][i] = parts[rank - 1][i] ^ 0x8000U;
-      }
-    }
-  }
-  return parts;
-}
-
-bits sum_in_order(const std::vector<bits>& parts, bool backwards = false) {
-  bits result(parts.front().size());
-  const auto last = static_cast<int>(parts.size()) - 1;
-  for (std::size_t i = 0; i < result.size(); ++i) {
-    float sum = bf16_value(parts[backwards ? last : 0][i]);
-    for (int rank = 1; rank <= last; ++rank) {
-      sum += bf16_value(parts[backwards ? last - rank : rank][i]);
-    }
-    result[i] = to_bf16(sum);
-  }
-  return result;
-}
-
-/// Which elements differ, so that a failure does not print them all.
-std::size_t num_different(const bits& a, const bits& b) {
-  std::size_t result = a.size() == b.size() ? 0 : std::max(a.size(), b.size());
-  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
-    result += a[i] != b[i] ? 1 : 0;
-  }
-  return result;
-}
-
-/// A group with an object of operations and some memory a rank.
-class team {
-public:
-  team(const std::vector<std::int32_t>& devices, int max_rows, int num_cols,
-       milliseconds deadline = milliseconds(5000))
-    : devices_(devices) {
-    std::string error;
-    group_ = make_gpu_rank_group(devices, max_rows, num_cols, error, deadline);
-    INFO(error);
-    REQUIRE(group_ != nullptr);
-    CHECK(group_->size() == size());
-    for (int rank = 0; rank < size(); ++rank) {
-      ops_.push_back(make_cuda_ops(devices[rank], error, nullptr, nullptr, group_, rank));
-      INFO(error);
-      REQUIRE(ops_.back() != nullptr);
-      memory_.push_back(nullptr);
-    }
-  }
-
-  int size() const { return static_cast<int>(devices_.size()); }
-  gpu_ops& ops(int rank) { return *ops_[rank]; }
-  const rank_group& group() const { return static_cast<const rank_group&>(*group_); }
-
-  void reserve(std::size_t num_elements) {
-    for (int rank = 0; rank < size(); ++rank) {
-      memory_[rank] = ops(rank).allocate(num_elements * 2);
-      REQUIRE(memory_[rank] != nullptr);
-    }
-  }
-
-  rows_view view(int rank, int rows, int cols, int stride, std::size_t first = 0) const {
-    return {static_cast<std::uint16_t*>(memory_[rank].get()) + first, rows, cols, stride};
-  }
-
-  void run(const std::function<void(int)>& work) {
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < size(); ++rank) {
-      threads.emplace_back([&, rank] { work(rank); });
-    }
-    for (auto& thread : threads) {
-      thread.join();
-    }
-  }
-
-  bool works() const {
-    for (const auto& one : ops_) {
-      INFO(one->failure());
-      CHECK(one->failure().empty());
-      if (!one->failure().empty()) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-private:
-  std::vector<std::int32_t> devices_;
-  std::shared_ptr<gpu_rank_group> group_;
-  std::vector<std::unique_ptr<gpu_ops>> ops_;
-  std::vector<std::shared_ptr<void>> memory_;
-};
 
 /// As many GPUs as there are, and one for all ranks.
 std::vector<std::vector<std::int32_t>> all_groups() {
@@ -165,27 +44,6 @@ std::string name_of(const std::vector<std::int32_t>& devices) {
   }
   return result;
 }
-
-/// A graph on the device.
-cudaGraphExec_t record(gpu_ops& ops, const std::function<void()>& work) {
-  const auto stream = static_cast<cudaStream_t>(ops.stream());
-  ops.synchronise(); // makes its GPU current
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t result = nullptr;
-  cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
-  work();
-  cudaStreamEndCapture(stream, &graph);
-  cudaGraphInstantiate(&result, graph, 0);
-  cudaGraphDestroy(graph);
-  cudaGraphUpload(result, stream);
-  ops.synchronise();
-  return result;
-}
-
-struct shape {
-  int rows, cols, gap; ///< the rows of rank r are gap * r elements further apart
-  int first = 0;       ///< element of the memory where they begin
-};
 
 } // namespace
 
@@ -260,8 +118,8 @@ TEST_CASE("every way to add up gives the same bits, in any sequence", "[ranks]")
       }
       const auto stream = static_cast<cudaStream_t>(ops.stream());
       for (int round = 0; round < kRounds; ++round) {
-        ranks.group().add_up(stream, rank, troupe::kernels::cuda::as_bf16(view(round)),
-                             ways[round]);
+        static_cast<const rank_group&>(ranks.group())
+          .add_up(stream, rank, troupe::kernels::cuda::as_bf16(view(round)), ways[round]);
       }
       for (int round = 0; round < kRounds; ++round) {
         got[rank].emplace_back(std::size_t(num_rows[round]) * kCols);

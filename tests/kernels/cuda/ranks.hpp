@@ -1,0 +1,167 @@
+#pragma once
+
+#include "gpu.hpp"
+
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <thread>
+
+#include <cuda_runtime_api.h>
+
+/// What tests of groups of ranks share.
+namespace kernel_tests {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+using troupe::kernels::cuda::gpu_rank_group;
+using troupe::kernels::cuda::make_cuda_ops;
+using troupe::kernels::cuda::make_gpu_rank_group;
+using troupe::kernels::cuda::num_devices;
+
+/// Ranks that share a GPU wait for each other's kernels: each stream needs a queue of its own, and
+/// kernels have to be there before any waits. Read when the driver starts.
+const bool has_environment = [] {
+  ::setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  ::setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  troupe::kernels::cuda::prepare_environment();
+  return true;
+}();
+
+using bits = std::vector<std::uint16_t>;
+
+/// Values of very different sizes, a fourth of which cancel what the rank before has, so that the
+/// order of additions shows.
+inline std::vector<bits> random_parts(int num_ranks, std::size_t count, std::mt19937& random) {
+  std::vector<bits> parts(num_ranks, bits(count));
+  for (std::size_t i = 0; i < count; ++i) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      const auto draw = static_cast<std::uint32_t>(random());
+      parts[rank][i] =
+        static_cast<std::uint16_t>((draw & 0x807FU) | (112 + (draw >> 20) % 32) << 7);
+      if (rank > 0 && draw >> 30 == 0) {
+        parts[rank][i] = parts[rank - 1][i] ^ 0x8000U;
+      }
+    }
+  }
+  return parts;
+}
+
+inline bits sum_in_order(const std::vector<bits>& parts, bool backwards = false) {
+  bits result(parts.front().size());
+  const auto last = static_cast<int>(parts.size()) - 1;
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    float sum = bf16_value(parts[backwards ? last : 0][i]);
+    for (int rank = 1; rank <= last; ++rank) {
+      sum += bf16_value(parts[backwards ? last - rank : rank][i]);
+    }
+    result[i] = to_bf16(sum);
+  }
+  return result;
+}
+
+/// Which elements differ, so that a failure does not print them all.
+inline std::size_t num_different(const bits& a, const bits& b) {
+  std::size_t result = a.size() == b.size() ? 0 : std::max(a.size(), b.size());
+  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+    result += a[i] != b[i] ? 1 : 0;
+  }
+  return result;
+}
+
+/// A group with an object of operations and some memory a rank.
+class team {
+public:
+  team(const std::vector<std::int32_t>& devices, int max_rows, int num_cols,
+       milliseconds deadline = milliseconds(5000))
+    : devices_(devices) {
+    std::string error;
+    group_ = make_gpu_rank_group(devices, max_rows, num_cols, error, deadline);
+    INFO(error);
+    REQUIRE(group_ != nullptr);
+    open_ranks();
+  }
+
+  team(const std::vector<std::int32_t>& devices, std::shared_ptr<gpu_rank_group> group)
+    : devices_(devices), group_(std::move(group)) {
+    REQUIRE(group_ != nullptr);
+    open_ranks();
+  }
+
+  int size() const { return static_cast<int>(devices_.size()); }
+  gpu_ops& ops(int rank) { return *ops_[rank]; }
+  gpu_rank_group& group() { return *group_; }
+
+  void reserve(std::size_t num_elements) {
+    for (int rank = 0; rank < size(); ++rank) {
+      memory_[rank] = ops(rank).allocate(num_elements * 2);
+      REQUIRE(memory_[rank] != nullptr);
+    }
+  }
+
+  rows_view view(int rank, int rows, int cols, int stride, std::size_t first = 0) const {
+    return {static_cast<std::uint16_t*>(memory_[rank].get()) + first, rows, cols, stride};
+  }
+
+  void run(const std::function<void(int)>& work) {
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < size(); ++rank) {
+      threads.emplace_back([&, rank] { work(rank); });
+    }
+    for (auto& thread : threads) {
+      thread.join();
+    }
+  }
+
+  bool works() const {
+    for (const auto& one : ops_) {
+      INFO(one->failure());
+      CHECK(one->failure().empty());
+      if (!one->failure().empty()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+private:
+  void open_ranks() {
+    std::string error;
+    CHECK(group_->size() == size());
+    for (int rank = 0; rank < size(); ++rank) {
+      ops_.push_back(make_cuda_ops(devices_[rank], error, nullptr, nullptr, group_, rank));
+      INFO(error);
+      REQUIRE(ops_.back() != nullptr);
+      memory_.push_back(nullptr);
+    }
+  }
+
+  std::vector<std::int32_t> devices_;
+  std::shared_ptr<gpu_rank_group> group_;
+  std::vector<std::unique_ptr<gpu_ops>> ops_;
+  std::vector<std::shared_ptr<void>> memory_;
+};
+
+/// A graph on the device.
+inline cudaGraphExec_t record(gpu_ops& ops, const std::function<void()>& work) {
+  const auto stream = static_cast<cudaStream_t>(ops.stream());
+  ops.synchronise(); // makes its GPU current
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t result = nullptr;
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  work();
+  cudaStreamEndCapture(stream, &graph);
+  cudaGraphInstantiate(&result, graph, 0);
+  cudaGraphDestroy(graph);
+  cudaGraphUpload(result, stream);
+  ops.synchronise();
+  return result;
+}
+
+struct shape {
+  int rows, cols, gap; ///< the rows of rank r are gap * r elements further apart
+  int first = 0;       ///< element of the memory where they begin
+};
+
+} // namespace kernel_tests
