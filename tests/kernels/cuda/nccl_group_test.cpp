@@ -448,7 +448,7 @@ TEST_CASE("a GPU that breaks down is a failure of all, in time, over NCCL", "[.]
       const auto x = ranks.view(rank, 1, kCols, kCols);
       for (int call = 0; call < 100; ++call) {
         if (rank == 1 && call == 50) {
-          ops.break_down();
+          ops.break_down(troupe::kernels::breakdown::illegal_access);
         }
         ops.all_reduce(x);
       }
