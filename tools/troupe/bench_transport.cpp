@@ -41,6 +41,7 @@ struct transport_arguments {
   unsigned rounds = 3;
   unsigned window = 8;
   std::string transports = transport::endpoint_options{}.transports;
+  bool rings = true;
   int startup_fd = -1;        ///< of the answering process, like what follows
   std::string parent_address; ///< in hexadecimal digits
   bool checksums = true;
@@ -126,7 +127,7 @@ int answer(const transport_arguments& given) {
 class link {
 public:
   static expected<std::unique_ptr<link>> start(child_processes& children, bool checksums,
-                                               const std::string& transports);
+                                               const std::string& transports, bool rings);
 
   /// Sends a tensor that comes back, `count` times; microseconds of each.
   expected<std::vector<double>> round_trips(std::size_t size, std::size_t count);
@@ -157,13 +158,14 @@ private:
 };
 
 expected<std::unique_ptr<link>> link::start(child_processes& children, bool checksums,
-                                            const std::string& transports) {
+                                            const std::string& transports, bool rings) {
   std::unique_ptr<link> self(new link);
   transport::endpoint_options options;
   options.name = "bench";
   options.incarnation = 1;
   options.transports = transports;
   options.checksums = checksums;
+  options.rings = rings; // an end without them is enough
   transport::endpoint_callbacks callbacks;
   callbacks.on_frame = [raw = self.get()](transport::frame arrived) {
     raw->take(std::move(arrived));
@@ -323,7 +325,7 @@ expected<report> measure(const transport_arguments& given) {
     return tl::unexpected(children.error());
   std::vector<std::unique_ptr<link>> links; // with checksums, without
   for (bool checksums : {true, false}) {
-    auto started = link::start(**children, checksums, given.transports);
+    auto started = link::start(**children, checksums, given.transports, given.rings);
     if (!started)
       return tl::unexpected(started.error());
     links.push_back(std::move(*started));
@@ -383,6 +385,7 @@ void add_transport(CLI::App& bench, command& run) {
   sub->add_option("--window", given->window, "tensors in flight for GB/s")
     ->check(CLI::Range(1, 1000));
   sub->add_option("--transports", given->transports, "as in UCX_TLS");
+  sub->add_flag("!--no-rings", given->rings, "by UCX alone, not through shared memory");
   add_json_flag(sub, given->as_json);
   sub->callback(
     [given, &run] { run = [given] { return finish(measure(*given), given->as_json); }; });
