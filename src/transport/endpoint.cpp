@@ -7,11 +7,11 @@
 #include "troupe/transport/inbox.hpp"
 #include "troupe/transport/injected_sends.hpp"
 #include "troupe/transport/peer_table.hpp"
+#include "troupe/transport/sleeping_place.hpp"
 #include "troupe/transport/ucx_worker.hpp"
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <csignal>
 #include <cstring>
 #include <future>
@@ -23,9 +23,6 @@
 #include <fmt/format.h>
 #include <pthread.h>
 #include <spdlog/spdlog.h>
-#include <sys/epoll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 namespace troupe::transport {
 
@@ -67,26 +64,6 @@ struct local_command {
 
 using command =
   std::variant<identify_command, connect_command, disconnect_command, send_command, local_command>;
-
-class descriptor {
-public:
-  explicit descriptor(int fd) : fd_(fd) {}
-  descriptor(const descriptor&) = delete;
-  descriptor& operator=(const descriptor&) = delete;
-  ~descriptor() {
-    if (fd_ >= 0)
-      ::close(fd_);
-  }
-  int get() const { return fd_; }
-
-private:
-  int fd_;
-};
-
-tl::unexpected<error> system_failure(std::string_view call) {
-  return fail(error_code::io_failed, fmt::format("{}: {}", call, std::strerror(errno)),
-              "raise the limit of open files");
-}
 
 error stopped() {
   return fail(error_code::unavailable, "this process's transport is stopped").value();
@@ -144,25 +121,6 @@ private:
     ucx_worker worker;
     inbox in;
     peer_table peers;
-  };
-
-  /// What a thread sleeps on: UCX's descriptor, one that others write to, and neighbours.
-  struct sleeping_place {
-    descriptor poll{::epoll_create1(EPOLL_CLOEXEC)};
-    descriptor wake{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
-    int network = -1;    ///< UCX's
-    bool watches = true; ///< and is woken by it
-    int bell = -1;
-
-    /// Makes ready what was set.
-    expected<void> prepare();
-    /// Stops or begins to be woken by UCX.
-    void watch_network(bool wakes);
-    /// True if UCX may have something to do.
-    bool sleep(std::chrono::milliseconds limit);
-
-  private:
-    expected<void> add(int fd);
   };
 
   /// Holds `driving_` and says who does, for callbacks that post.
@@ -250,9 +208,6 @@ private:
 };
 
 expected<void> endpoint::engine::start() {
-  for (const auto* place : {&background_, &foreground_})
-    if (place->poll.get() < 0 || place->wake.get() < 0)
-      return system_failure("creating event descriptors");
   std::promise<expected<void>> started;
   auto result = started.get_future();
   // Signals are for the program's own threads.
@@ -313,59 +268,13 @@ expected<std::unique_ptr<endpoint::engine::communication>> endpoint::engine::ope
     return tl::unexpected(std::move(done).error());
   if (auto done = result->peers.listen(); !done)
     return tl::unexpected(std::move(done).error());
-  for (auto* place : {&background_, &foreground_}) {
-    place->network = result->worker.event_fd();
-    if (bell_)
-      place->bell = bell_->fd(place == &background_ ? listener::background : listener::foreground);
-    if (auto done = place->prepare(); !done)
-      return tl::unexpected(std::move(done).error());
-  }
+  const auto bell_of = [this](listener who) { return bell_ ? bell_->fd(who) : -1; };
+  const int network = result->worker.event_fd();
+  if (auto done = background_.open(network, bell_of(listener::background)); !done)
+    return tl::unexpected(std::move(done).error());
+  if (auto done = foreground_.open(network, bell_of(listener::foreground)); !done)
+    return tl::unexpected(std::move(done).error());
   return result;
-}
-
-expected<void> endpoint::engine::sleeping_place::add(int fd) {
-  epoll_event event{};
-  event.events = EPOLLIN;
-  event.data.fd = fd;
-  if (::epoll_ctl(poll.get(), EPOLL_CTL_ADD, fd, &event) != 0)
-    return system_failure("watching an event descriptor");
-  return {};
-}
-
-expected<void> endpoint::engine::sleeping_place::prepare() {
-  for (const int fd : {network, wake.get(), bell})
-    if (fd >= 0)
-      if (auto done = add(fd); !done)
-        return done;
-  return {};
-}
-
-void endpoint::engine::sleeping_place::watch_network(bool wakes) {
-  if (wakes == watches)
-    return;
-  watches = wakes;
-  epoll_event event{};
-  event.events = wakes ? EPOLLIN : 0U;
-  event.data.fd = network;
-  if (::epoll_ctl(poll.get(), EPOLL_CTL_MOD, network, &event) != 0)
-    spdlog::error("transport: {}", system_failure("watching an event descriptor").value().text());
-}
-
-bool endpoint::engine::sleeping_place::sleep(std::chrono::milliseconds limit) {
-  epoll_event events[3];
-  const int count =
-    ::epoll_wait(poll.get(), events, 3, static_cast<int>(std::max<std::int64_t>(limit.count(), 0)));
-  bool network_spoke = count <= 0; // nothing in so long is looked into
-  for (int i = 0; i < count; ++i) {
-    const int fd = events[i].data.fd;
-    network_spoke |= fd == network;
-    // Who woke this thread has done so, however often.
-    std::byte rings[64];
-    if (fd == wake.get() || fd == bell)
-      while (::read(fd, rings, sizeof rings) == sizeof rings) {
-      }
-  }
-  return network_spoke;
 }
 
 void endpoint::engine::run(std::promise<expected<void>> started) {
@@ -493,12 +402,12 @@ void endpoint::engine::drive_until(driver_lock& lock, const std::function<bool()
   }
   background_.watch_network(true);
   if (!is_quiet || longest_sleep_of(*with_) != longest_sleep)
-    ::eventfd_write(background_.wake.get(), 1);
+    background_.wake();
 }
 
 void endpoint::engine::interrupt() {
   if (is_driven_)
-    ::eventfd_write(foreground_.wake.get(), 1);
+    foreground_.wake();
 }
 
 /// True when nothing is on its way any more, so that the worker may be destroyed.
@@ -655,7 +564,7 @@ void endpoint::engine::post(command next) {
         return;
     }
   }
-  ::eventfd_write(background_.wake.get(), 1);
+  background_.wake();
 }
 
 void endpoint::engine::stop(std::chrono::milliseconds drain) {
@@ -669,7 +578,7 @@ void endpoint::engine::stop(std::chrono::milliseconds drain) {
     spdlog::error("transport: stop() called from a callback of its own; not waiting for the end");
     return;
   }
-  ::eventfd_write(background_.wake.get(), 1);
+  background_.wake();
   interrupt();
   std::lock_guard guard{join_mutex_};
   if (thread_.joinable())
