@@ -468,7 +468,7 @@ bool endpoint::engine::rest(communication& with, listener who) {
   if (!bell_)
     return true;
   bell_->listen(who);
-  if (!with.peers.has_ring_input())
+  if (!with.peers.has_ring_work())
     return true;
   bell_->hush();
   return false;

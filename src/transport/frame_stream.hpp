@@ -25,6 +25,10 @@ public:
   /// No frame waits for room.
   bool is_idle() const { return waiting_.empty(); }
 
+  /// A frame waits and there is room for more of it. Who goes to sleep asks once more: the reader
+  /// has made room before it could see that somebody sleeps.
+  bool can_push() const { return !is_idle() && ring_.has_room(); }
+
   /// Takes a frame behind those that wait. `push` writes it.
   void take(std::unique_ptr<send_operation> operation) { waiting_.push_back(std::move(operation)); }
 

@@ -334,8 +334,9 @@ bool peer_table::settle() {
   for (const auto& name : std::exchange(failed_, {})) {
     const auto known = connected_.find(name);
     if (known == connected_.end() || !known->second->failure)
-      continue;          // disconnected or replaced meanwhile
-    inlets_.drain(name); // what it sent before counts
+      continue; // disconnected or replaced meanwhile
+    // What it sent before counts.
+    inlets_.drain(name);
     auto lost = remove(name);
     const auto incarnation = lost->incarnation;
     const auto why = *lost->failure;
@@ -363,6 +364,13 @@ bool peer_table::move_rings() {
     if (each->ring && !each->ring->is_idle())
       busy |= each->push_ring();
   return busy;
+}
+
+bool peer_table::has_ring_work() const {
+  return inlets_.is_ready()
+         || std::any_of(connected_.begin(), connected_.end(), [](const auto& each) {
+              return each.second->ring && each.second->ring->can_push();
+            });
 }
 
 bool peer_table::needs_network() const {

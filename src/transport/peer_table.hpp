@@ -63,8 +63,8 @@ public:
   /// there was something to do.
   bool move_rings();
 
-  /// move_rings() has something to read.
-  bool has_ring_input() const { return inlets_.is_ready(); }
+  /// move_rings() has something to do.
+  bool has_ring_work() const;
 
   /// True if UCX was asked for anything since the last call, so that it wants to be moved on.
   bool take_ucx_use() { return std::exchange(ucx_used_, false); }

@@ -76,7 +76,7 @@ void ring_writer::publish() {
 bool ring_writer::ask_for_room() {
   auto& shared = head_of(memory_);
   shared.writer_waits.store(1, std::memory_order_seq_cst);
-  if (room() == 0)
+  if (!has_room())
     return false;
   shared.writer_waits.store(0, std::memory_order_relaxed);
   return true;

@@ -35,6 +35,8 @@ public:
   /// Asks to be woken when there is room. True: there is room already.
   bool ask_for_room();
 
+  bool has_room() const { return room() != 0; }
+
 private:
   explicit ring_writer(memory::segment mapped) : memory_(std::move(mapped)) {}
   std::size_t room() const;

@@ -130,6 +130,7 @@ TEST_CASE("frames larger than the ring and empty ones pass it, a piece at a time
     const auto outcome = in.poll();
     CHECK(outcome.has_read == has_written);
     CHECK(outcome.writer_waits == !out.is_idle());
+    CHECK(out.can_push() == !out.is_idle()); // there is room again
     ++rounds;
   }
   REQUIRE(kept.frames.size() == sent.size());
@@ -191,7 +192,9 @@ TEST_CASE("frames waiting for room fail with their peer") {
   const tensor large{3 * ring_capacity, 1};
   out.take(operation(1, large, num_done));
   out.take(operation(2, large, num_done));
+  CHECK(out.can_push());
   CHECK(out.push());
+  CHECK_FALSE(out.can_push());
   CHECK(num_done == 0);
   out.fail_all(fail(error_code::peer_lost, "a test").value());
   CHECK(num_done == 2000);
