@@ -2,6 +2,8 @@
 
 #include <catch2/catch.hpp>
 
+#include <initializer_list>
+
 using namespace troupe::process_tests;
 
 namespace {
@@ -28,6 +30,16 @@ void check_config(const char* config) {
   }
 }
 
+void check_setting(const char* setting, std::initializer_list<const char*> configs) {
+  for (const char* config : configs) {
+    cluster c(config, {setting});
+    auto crowd = run_golden_crowd(c.endpoint());
+    INFO(config << " with " << setting << ":\n" << lines(crowd));
+    CHECK(crowd.empty());
+    c.end();
+  }
+}
+
 } // namespace
 
 TEST_CASE("single.yaml gives the golden tokens") {
@@ -47,23 +59,11 @@ TEST_CASE("two-nodes.yaml gives the golden tokens") {
 }
 
 TEST_CASE("fast numerics give the golden tokens") {
-  for (const char* config : {"single.yaml", "local.yaml"}) {
-    cluster c(config, {"model.numerics=fast"});
-    auto crowd = run_golden_crowd(c.endpoint());
-    INFO(config << ":\n" << lines(crowd));
-    CHECK(crowd.empty());
-    c.end();
-  }
+  check_setting("model.numerics=fast", {"single.yaml", "local.yaml"});
 }
 
 TEST_CASE("a head in 8 bit gives the golden tokens") {
-  for (const char* config : {"local.yaml", "tensor.yaml"}) {
-    cluster c(config, {"model.head=int8"});
-    auto crowd = run_golden_crowd(c.endpoint());
-    INFO(config << ":\n" << lines(crowd));
-    CHECK(crowd.empty());
-    c.end();
-  }
+  check_setting("model.head=int8", {"local.yaml", "tensor.yaml"});
 }
 
 TEST_CASE("drafted tokens leave the golden tokens as they are") {

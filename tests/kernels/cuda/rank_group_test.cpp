@@ -304,31 +304,7 @@ TEST_CASE("memory comes and goes while a rank waits for another GPU", "[ranks]")
   constexpr int kCols = 7168;
   team ranks({0, 1}, 1, kCols, milliseconds(1500));
   ranks.reserve(kCols);
-  ranks.ops(0).all_reduce(ranks.view(0, 1, kCols, kCols));
-  const auto begin = steady_clock::now();
-  const auto lap = [&](const char* what, const std::function<void()>& work) {
-    const auto from = steady_clock::now();
-    work();
-    const std::chrono::duration<double, std::milli> took = steady_clock::now() - from;
-    if (took > milliseconds(100)) {
-      WARN(what << " took " << took.count() << " ms");
-    }
-  };
-  CHECK(cudaSetDevice(1) == cudaSuccess);
-  void* memory = nullptr;
-  lap("cudaMalloc", [&] { CHECK(cudaMalloc(&memory, std::size_t{1} << 30) == cudaSuccess); });
-  lap("cudaFree", [&] { CHECK(cudaFree(memory) == cudaSuccess); });
-  lap("cudaMallocHost", [&] { CHECK(cudaMallocHost(&memory, 64 << 20) == cudaSuccess); });
-  lap("cudaFreeHost", [&] { CHECK(cudaFreeHost(memory) == cudaSuccess); });
-  cudaGraphExec_t graph = nullptr;
-  lap("a graph", [&] {
-    graph = record(ranks.ops(1), [&] { ranks.ops(1).all_reduce(ranks.view(1, 1, kCols, kCols)); });
-  });
-  CHECK(steady_clock::now() - begin < milliseconds(1000));
-  CHECK(cudaGraphLaunch(graph, static_cast<cudaStream_t>(ranks.ops(1).stream())) == cudaSuccess);
-  ranks.run([&](int rank) { ranks.ops(rank).synchronise(); });
-  CHECK(ranks.works());
-  CHECK(cudaGraphExecDestroy(graph) == cudaSuccess);
+  use_memory_while_a_rank_waits(ranks, kCols);
 }
 
 TEST_CASE("groups that cannot be are refused", "[ranks]") {

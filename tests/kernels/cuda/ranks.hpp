@@ -159,6 +159,40 @@ inline cudaGraphExec_t record(gpu_ops& ops, const std::function<void()>& work) {
   return result;
 }
 
+/// Rank 0 waits for the others while memory of the GPU of rank 1 is taken and given back, which
+/// must not wait for it. Then all come. Room for a row is reserved.
+inline void use_memory_while_a_rank_waits(team& ranks, int num_cols) {
+  ranks.ops(0).all_reduce(ranks.view(0, 1, num_cols, num_cols));
+  const auto begin = std::chrono::steady_clock::now();
+  const auto lap = [&](const char* what, const std::function<void()>& work) {
+    const auto from = std::chrono::steady_clock::now();
+    work();
+    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - from;
+    if (took > std::chrono::milliseconds(100)) {
+      WARN(what << " took " << took.count() << " ms");
+    }
+  };
+  CHECK(cudaSetDevice(1) == cudaSuccess);
+  void* memory = nullptr;
+  lap("cudaMalloc", [&] { CHECK(cudaMalloc(&memory, std::size_t{1} << 30) == cudaSuccess); });
+  lap("cudaFree", [&] { CHECK(cudaFree(memory) == cudaSuccess); });
+  lap("cudaMallocHost", [&] { CHECK(cudaMallocHost(&memory, 64 << 20) == cudaSuccess); });
+  lap("cudaFreeHost", [&] { CHECK(cudaFreeHost(memory) == cudaSuccess); });
+  cudaGraphExec_t graph = nullptr;
+  lap("a graph", [&] {
+    graph =
+      record(ranks.ops(1), [&] { ranks.ops(1).all_reduce(ranks.view(1, 1, num_cols, num_cols)); });
+  });
+  CHECK(std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(1000));
+  CHECK(cudaGraphLaunch(graph, static_cast<cudaStream_t>(ranks.ops(1).stream())) == cudaSuccess);
+  for (int rank = 2; rank < ranks.size(); ++rank) {
+    ranks.ops(rank).all_reduce(ranks.view(rank, 1, num_cols, num_cols));
+  }
+  ranks.run([&](int rank) { ranks.ops(rank).synchronise(); });
+  CHECK(ranks.works());
+  CHECK(cudaGraphExecDestroy(graph) == cudaSuccess);
+}
+
 struct shape {
   int rows, cols, gap; ///< the rows of rank r are gap * r elements further apart
   int first = 0;       ///< element of the memory where they begin
