@@ -32,6 +32,7 @@ config::cluster_config two_gpus(std::uint32_t stages, std::uint32_t groups) {
   config::cluster_config result;
   result.nodes = {{.name = "node-0",
                    .devices = {{config::device_kind::cuda, 0}, {config::device_kind::cuda, 1}}}};
+  result.model.arithmetic = config::numerics::fast;
   result.parallel.pipeline = stages;
   result.parallel.expert_groups = groups;
   return result;
