@@ -35,10 +35,9 @@ inline gpu_ops* gpu() {
 /// The same GPU, computing with exact numerics.
 inline gpu_ops* exact_gpu() {
   static std::string error;
-  static const auto device =
-    gpu() != nullptr
-      ? troupe::kernels::cuda::make_cuda_ops(0, error, nullptr, nullptr, nullptr, 0, numerics::exact)
-      : nullptr;
+  static const auto device = gpu() != nullptr ? troupe::kernels::cuda::make_cuda_ops(
+                               0, error, nullptr, nullptr, nullptr, 0, numerics::exact)
+                                              : nullptr;
   return device.get();
 }
 
@@ -105,9 +104,7 @@ public:
 
 private:
   bool is_float() const { return device_.activation_type() == element_type::f32; }
-  std::size_t element_bytes() const {
-    return troupe::kernels::size_of(device_.activation_type());
-  }
+  std::size_t element_bytes() const { return troupe::kernels::size_of(device_.activation_type()); }
 
   std::vector<unsigned char> to_elements(const std::vector<float>& values) const {
     std::vector<unsigned char> bytes(values.size() * element_bytes());
