@@ -64,73 +64,96 @@ __device__ void read_raw(const std::byte* row, std::int32_t piece, float (&value
     const uint2 words = __ldg(reinterpret_cast<const uint2*>(row) + piece);
     const std::uint32_t fours[2] = {words.x, words.y};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const std::uint32_t byte = fours[j / 4] >> (8 * (j % 4)) & 0xFFU;
+    for (int j = 0; j < 8; j += 2) {
+      const std::uint32_t pair = fours[j / 4] >> (8 * (j % 4)) & 0xFFFFU;
       if constexpr (kType == element_type::i8) {
-        values[j] = small_number(byte ^ 0x80U) - 128.0F;
+        values[j] = small_number((pair & 0xFFU) ^ 0x80U) - 128.0F;
+        values[j + 1] = small_number(pair >> 8 ^ 0x80U) - 128.0F;
       } else {
-        __nv_fp8_e4m3 code;
-        code.__x = static_cast<__nv_fp8_storage_t>(byte);
-        values[j] = static_cast<float>(code);
+        const __half2 halves =
+          __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+        const float2 both = __half22float2(halves);
+        values[j] = both.x;
+        values[j + 1] = both.y;
       }
     }
   }
 }
 
-/// A row of a weight.
+/// Whether elements are nothing without a scale.
+constexpr bool is_narrow(element_type type) {
+  return type == element_type::f8_e4m3 || type == element_type::i8 || type == element_type::i4;
+}
+
+// What stands for scales and zeros that a weight does not have.
+__device__ const float kNoScale = 1.0F;
+__device__ const std::uint8_t kNoZero = 8;
+
+/// A row of a weight. The scale of block i is scales[i & scale_mask], likewise the zero.
 struct weight_row {
   const std::byte* data;
-  const float* scales;       ///< null: none
-  const std::uint8_t* zeros; ///< i4 only; null: 8
+  const float* scales;
+  const std::uint8_t* zeros;
+  std::int32_t scale_mask;
+  std::int32_t zero_mask;
 };
 
 __device__ weight_row row_of(const exact_weight& w, std::int32_t row) {
   const std::int64_t first =
     std::int64_t{row / w.block_rows} * ((w.num_cols + w.block_cols - 1) / w.block_cols);
+  const bool has_scales = w.scales != nullptr;
+  const bool has_zeros = w.zeros != nullptr;
   return {static_cast<const std::byte*>(w.data) + row * w.stride,
-          w.scales == nullptr ? nullptr : w.scales + first,
-          w.zeros == nullptr ? nullptr : w.zeros + first};
+          has_scales ? w.scales + first : &kNoScale, has_zeros ? w.zeros + first : &kNoZero,
+          has_scales ? -1 : 0, has_zeros ? -1 : 0};
 }
 
 template <element_type kType>
-__device__ float scaled(float value, const weight_row& row, std::int32_t index) {
+__device__ float scaled(float value, const weight_row& row, std::int32_t block) {
   if constexpr (kType == element_type::i4) {
-    value -= row.zeros == nullptr ? 8.0F : small_number(__ldg(row.zeros + index));
+    value -= small_number(__ldg(row.zeros + (block & row.zero_mask)));
   }
-  return row.scales == nullptr ? value : __fmul_rn(value, __ldg(row.scales + index));
+  return __fmul_rn(value, __ldg(row.scales + (block & row.scale_mask)));
 }
 
-/// The elements of a whole piece.
+/// Whether read_piece knows the weight.
+bool is_simple(const exact_weight& w) {
+  return w.block_shift >= 0 && (is_narrow(w.type) || w.scales == nullptr);
+}
+
+/// The elements of a whole piece of a simple weight. There is no branch in it, so that a lane has
+/// several pieces on their way.
 template <element_type kType>
 __device__ void read_piece(const exact_weight& w, const weight_row& row, std::int32_t piece,
                            float (&values)[8]) {
   read_raw<kType>(row.data, piece, values);
-  if (kType != element_type::i4 && row.scales == nullptr) {
-    return;
-  }
-  const std::int32_t col = piece * kExactPiece;
+  if constexpr (is_narrow(kType)) {
+    const std::int32_t block = piece * kExactPiece >> w.block_shift;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const std::int32_t index =
-      w.block_shift >= 0 ? col >> w.block_shift : min(col + j, w.num_cols - 1) / w.block_cols;
-    values[j] = scaled<kType>(values[j], row, index);
+    for (int j = 0; j < 8; ++j) {
+      values[j] = scaled<kType>(values[j], row, block);
+    }
   }
 }
 
-/// The same of any piece, with zeros behind the last column.
+/// The same of any piece of any weight, with zeros behind the last column.
 template <element_type kType>
-__device__ void read_last_piece(const exact_weight& w, const weight_row& row, std::int32_t piece,
-                                float (&values)[8]) {
-  read_piece<kType>(w, row, piece, values);
+__device__ void read_any_piece(const exact_weight& w, const weight_row& row, std::int32_t piece,
+                               float (&values)[8]) {
+  read_raw<kType>(row.data, piece, values);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    values[j] = piece * kExactPiece + j < w.num_cols ? values[j] : 0.0F;
+    const std::int32_t col = piece * kExactPiece + j;
+    const std::int32_t last = min(col, w.num_cols - 1);
+    const std::int32_t block = w.block_shift >= 0 ? last >> w.block_shift : last / w.block_cols;
+    values[j] = col < w.num_cols ? scaled<kType>(values[j], row, block) : 0.0F;
   }
 }
 
-/// What stands in the job of this block.
+/// The job of this block. Jobs are neighbours in a grid: those that multiply with the same expert
+/// then read the same weights at about the same time.
 __device__ exact_job job_of(const exact_args& args) {
-  const auto i = static_cast<std::int32_t>(blockIdx.z);
+  const auto i = static_cast<std::int32_t>(blockIdx.x);
   if (args.jobs != nullptr) {
     return args.jobs[i];
   }
@@ -149,7 +172,7 @@ __device__ exact_job job_of(const exact_args& args) {
 }
 
 /// A warp makes kRows x kCols elements of a result; a lane has a part of each sum. Rows of x begin
-/// at multiples of 16 bytes.
+/// at multiples of 16 bytes, and weights are simple.
 template <element_type kType, int kRows, int kCols>
 __global__ void __launch_bounds__(kThreads) multiply_few(const __grid_constant__ exact_args args) {
   constexpr int kSums = kRows * kCols;
@@ -161,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) multiply_few(const __grid_constant__
   const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
   const auto warp = static_cast<std::int32_t>(threadIdx.x / 32);
   const auto first_row = static_cast<std::int32_t>(blockIdx.y) * kRows;
-  const std::int32_t first_col = (static_cast<std::int32_t>(blockIdx.x) * kWarps + warp) * kCols;
+  const std::int32_t first_col = (static_cast<std::int32_t>(blockIdx.z) * kWarps + warp) * kCols;
   if (first_row >= job.num_rows || first_col >= w.num_rows) {
     return;
   }
@@ -204,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) multiply_few(const __grid_constant__
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       float values[8];
-      read_last_piece<kType>(w, weights[c], num_whole, values);
+      read_any_piece<kType>(w, weights[c], num_whole, values);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -269,7 +292,7 @@ __global__ void __launch_bounds__(kThreads) multiply_many(const __grid_constant_
   const exact_job job = job_of(args);
   const exact_weight& w = job.w;
   const auto first_row = static_cast<std::int32_t>(blockIdx.y) * kTile;
-  const auto first_col = static_cast<std::int32_t>(blockIdx.x) * kTile;
+  const auto first_col = static_cast<std::int32_t>(blockIdx.z) * kTile;
   if (first_row >= job.num_rows || first_col >= w.num_rows) {
     return;
   }
@@ -308,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) multiply_many(const __grid_constant_
       }
     }
     if (has_col) {
-      read_last_piece<kType>(w, weights, piece, values);
+      read_any_piece<kType>(w, weights, piece, values);
     }
   };
 
@@ -375,8 +398,8 @@ __global__ void __launch_bounds__(kThreads) multiply_many(const __grid_constant_
 
 template <element_type kType, int kRows, int kCols>
 void launch_few(cudaStream_t stream, const exact_args& args) {
-  const dim3 grid(ceil_div(args.max_cols, kWarps * kCols), ceil_div(args.max_rows, kRows),
-                  args.num_jobs);
+  const dim3 grid(args.num_jobs, ceil_div(args.max_rows, kRows),
+                  ceil_div(args.max_cols, kWarps * kCols));
   launch(stream, grid, kThreads, 0, multiply_few<kType, kRows, kCols>, args);
 }
 
@@ -384,8 +407,10 @@ template <element_type kType>
 void launch_type(cudaStream_t stream, const exact_args& args) {
   const bool is_aligned = reinterpret_cast<std::uintptr_t>(args.job.x) % 16 == 0
                           && (args.x_stride | args.x_step) % 4 == 0;
-  if (!is_aligned || args.max_rows > kFewExactRows) {
-    const dim3 grid(ceil_div(args.max_cols, kTile), ceil_div(args.max_rows, kTile), args.num_jobs);
+  constexpr std::int32_t kMostCols = 65535 * kWarps; // of a grid
+  if (!is_aligned || !is_simple(args.job.w) || args.max_rows > kFewExactRows
+      || args.max_cols > kMostCols) {
+    const dim3 grid(args.num_jobs, ceil_div(args.max_rows, kTile), ceil_div(args.max_cols, kTile));
     launch(stream, grid, kThreads, 0, multiply_many<kType>, args);
   } else if (args.max_rows == 1) {
     launch_few<kType, 1, 1>(stream, args);

@@ -37,6 +37,12 @@ std::int64_t exact_stride(element_type type, std::int32_t num_cols);
 /// block_shift of a weight.
 std::int32_t exact_block_shift(std::int32_t num_cols, std::int32_t block_cols);
 
+/// Whether one launch can multiply with both.
+inline bool same_kind(const exact_weight& a, const exact_weight& b) {
+  return a.type == b.type && a.block_shift == b.block_shift
+         && (a.scales == nullptr) == (b.scales == nullptr);
+}
+
 /// One product.
 struct exact_job {
   exact_weight w;
@@ -46,9 +52,9 @@ struct exact_job {
   std::int32_t num_rows = 0; ///< of x
 };
 
-/// The products of a launch, all with the same type of weight.
+/// The products of a launch, all with weights of one kind.
 struct exact_args {
-  exact_job job; ///< of several, what they have in common: the type of weight, the x of the first
+  exact_job job;                   ///< of several, any one of them
   const exact_job* jobs = nullptr; ///< several; null: `job` alone, moved as is said below
   std::int32_t num_jobs = 1;
   std::int32_t max_rows = 0; ///< of any job

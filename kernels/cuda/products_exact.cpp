@@ -12,7 +12,7 @@ namespace troupe::kernels::cuda {
 namespace {
 
 bool same_shape(const exact_weight& a, const exact_weight& b) {
-  return a.type == b.type && a.num_rows == b.num_rows && a.num_cols == b.num_cols;
+  return same_kind(a, b) && a.num_rows == b.num_rows && a.num_cols == b.num_cols;
 }
 
 } // namespace
@@ -130,15 +130,15 @@ void cuda_ops::queue_exact_runs(std::span<const expert_weights> experts,
   }
 }
 
-/// Runs of weights of one type go together, few rows apart from many.
+/// Runs of weights of one kind go together, few rows apart from many.
 void cuda_ops::multiply_exact_runs(exact_args args) {
-  const auto same_kind = [](const exact_job& a, const exact_job& b) {
-    return a.w.type == b.w.type && (a.num_rows <= kFewExactRows) == (b.num_rows <= kFewExactRows);
+  const auto go_together = [](const exact_job& a, const exact_job& b) {
+    return same_kind(a.w, b.w) && (a.num_rows <= kFewExactRows) == (b.num_rows <= kFewExactRows);
   };
   while (!exact_queue_.empty()) {
     const auto kind = exact_queue_.back();
     const auto rest = std::partition(exact_queue_.begin(), exact_queue_.end(),
-                                     [&](const auto& one) { return !same_kind(one, kind); });
+                                     [&](const auto& one) { return !go_together(one, kind); });
     args.job = kind;
     args.num_jobs = static_cast<std::int32_t>(exact_queue_.end() - rest);
     args.max_rows = 0;
@@ -241,7 +241,7 @@ bool cuda_ops::mix_exactly(const rows_view& x, const mixture_weights& w,
   args.expert_step = 3;
   const auto multiply = [&](std::int32_t part, const exact_weight& like, const rows_view& from,
                             std::int32_t jobs_of_row, const rows_view& to) {
-    args.job.w.type = like.type;
+    args.job.w = like;
     args.job.x = static_cast<const float*>(from.data);
     args.job.out = static_cast<float*>(to.data);
     args.job.num_rows = 1;

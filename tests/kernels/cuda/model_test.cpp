@@ -89,6 +89,9 @@ public:
       kv.push_back(kv_.back().get());
       models.push_back(std::move(*model));
     }
+    if (num_ranks > 1)
+      for (auto& model : models) // memory that is taken later may wait for another rank
+        REQUIRE(model->rehearse(num_pages, page_tokens));
     group_ = std::make_unique<stage_group>(std::move(models));
     group_->attach_kv(kv, num_pages, page_tokens);
   }
