@@ -5,6 +5,7 @@
 #include <system_error>
 #include <utility>
 
+#include <fmt/format.h>
 #include <pthread.h>
 #include <spdlog/spdlog.h>
 
@@ -25,12 +26,15 @@ device_watch::device_watch(device_waits waits, overdue_callback on_overdue)
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-device_watch::overdue_callback device_watch::end_process(std::string actor) {
-  return [actor = std::move(actor)](std::chrono::nanoseconds limit) {
-    spdlog::critical(
-      "{}: the device has not answered for more than {:.0f} ms, four times as long as "
-      "it took of late; ending",
-      actor, std::chrono::duration<double, std::milli>(limit).count());
+device_watch::overdue_callback device_watch::end_process(std::string actor,
+                                                         memory::activity pulse) {
+  return [actor = std::move(actor), pulse = std::move(pulse)](std::chrono::nanoseconds limit) {
+    const auto why =
+      fmt::format("the device has not answered for more than {:.0f} ms, four times as long as it "
+                  "took of late",
+                  std::chrono::duration<double, std::milli>(limit).count());
+    spdlog::critical("{}: {}; ending", actor, why);
+    pulse.last_words(why);
     spdlog::default_logger()->flush();
     std::_Exit(exit_device_stuck);
   };

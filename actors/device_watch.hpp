@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/memory/pulse_page.hpp"
 #include "troupe/recovery/step_watch.hpp"
 
 #include <atomic>
@@ -34,8 +35,8 @@ public:
 
   /// `on_overdue` runs on the looking thread, once. `waits` must work as long as this lives.
   device_watch(device_waits waits, overdue_callback on_overdue);
-  /// Ends this process with exit_device_stuck, naming `actor`.
-  static overdue_callback end_process(std::string actor);
+  /// Ends this process with exit_device_stuck, naming `actor`, whose pulse it is.
+  static overdue_callback end_process(std::string actor, memory::activity pulse);
   ~device_watch();
   device_watch(const device_watch&) = delete;
   device_watch& operator=(const device_watch&) = delete;

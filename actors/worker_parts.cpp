@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <future>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -179,9 +180,7 @@ struct loader {
   expected<void> complete(loaded_stage& s) const {
     if (!gpus.empty() && plan().num_stages() > 1)
       open_boundary(s);
-    if (has_device_for_itself() && !plan().unprotected())
-      s.watch = std::make_shared<device_watch>(gpus.front()->waits_of(*s.ops.front()),
-                                               device_watch::end_process(s.plan.id()));
+    s.watch = make_watch(s.plan.id(), *s.ops.front(), s.pulse);
     if (s.model->leader().options().with_local_experts)
       return {};
     auto experts = connect_experts(s);
@@ -189,6 +188,18 @@ struct loader {
       return tl::unexpected(experts.error());
     s.experts = std::move(*experts);
     return {};
+  }
+
+  void complete(loaded_expert_group& g) const {
+    g.watch = make_watch(g.plan.id(), *g.ops, g.pulse);
+  }
+
+  std::shared_ptr<device_watch> make_watch(const std::string& actor, kernels::ops& ops,
+                                           const memory::activity& pulsing) const {
+    if (!has_device_for_itself() || plan().unprotected())
+      return nullptr;
+    return std::make_shared<device_watch>(gpus.front()->waits_of(ops),
+                                          device_watch::end_process(actor, pulsing));
   }
 
   /// Who shares a device with somebody cannot know how long it takes.
@@ -373,15 +384,21 @@ struct loader {
   }
 };
 
-/// None for CPUs.
+/// None for CPUs. Several are opened at the same time: each takes a tenth of a second and more.
 expected<std::vector<std::shared_ptr<gpu>>> open_gpus(const proto::WorkerAssignment& assignment) {
   std::vector<std::shared_ptr<gpu>> result;
   if (!assignment.device().starts_with("cuda:"))
     return result;
+  std::vector<std::future<expected<std::shared_ptr<gpu>>>> opening;
   for (const auto& device : placement::devices_of(assignment.device())) {
-    auto index = static_cast<int>(result.size());
-    auto opened =
-      gpu::open(device, index < assignment.keepers_size() ? assignment.keepers(index) : "");
+    auto index = static_cast<int>(opening.size());
+    auto keeper = index < assignment.keepers_size() ? assignment.keepers(index) : std::string();
+    // Where there is no thread to be had, one behind the other.
+    opening.push_back(std::async(std::launch::async | std::launch::deferred,
+                                 [device, keeper] { return gpu::open(device, keeper); }));
+  }
+  for (auto& one : opening) {
+    auto opened = one.get();
     if (!opened)
       return tl::unexpected(opened.error());
     result.push_back(std::move(*opened));
@@ -493,6 +510,8 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
   for (auto& s : l.parts->stages)
     if (auto completed = l.complete(s); !completed)
       return tl::unexpected(completed.error());
+  for (auto& g : l.parts->expert_groups)
+    l.complete(g);
   return l.parts;
 }
 

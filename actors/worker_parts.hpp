@@ -41,7 +41,8 @@ struct loaded_expert_group {
   proto::ActorPlan plan;
   std::shared_ptr<kernels::ops> ops;
   std::shared_ptr<model::expert_group_model> experts;
-  memory::activity pulse; ///< of its thread
+  memory::activity pulse;              ///< of its thread
+  std::shared_ptr<device_watch> watch; ///< null where nobody can say what is too long
 };
 
 /// Everything that a worker's actors stand on.

@@ -56,11 +56,15 @@ TEST_CASE("a device that stops answering is overdue, once enough is known of it"
 }
 
 TEST_CASE("a process whose device is stuck ends with a code of its own") {
+  auto page = memory::pulse_page::create();
+  REQUIRE(page);
   const auto pid = ::fork();
   REQUIRE(pid >= 0);
   if (pid == 0) {
     slow_device device;
-    device_watch watch(device.waits(), device_watch::end_process("replica-0/stage-0"));
+    auto pulse = memory::pulse::start(::dup(page->fd()), 1ms);
+    device_watch watch(device.waits(), device_watch::end_process(
+                                         "replica-0/stage-0", *(*pulse)->add("replica-0/stage-0")));
     for (int i = 0; i < 200; ++i)
       device.compute(watch, 100us);
     device.compute(watch, 1ms, [] { return false; });
@@ -70,4 +74,5 @@ TEST_CASE("a process whose device is stuck ends with a code of its own") {
   REQUIRE(::waitpid(pid, &status, 0) == pid);
   REQUIRE(WIFEXITED(status));
   CHECK(WEXITSTATUS(status) == actors::exit_device_stuck);
+  CHECK(page->last_words().find("replica-0/stage-0: the device has not answered") == 0);
 }
