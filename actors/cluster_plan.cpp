@@ -33,9 +33,9 @@ bool computes_on_gpus(const config::cluster_config& cluster) {
 /// KV pages hold what kernels::ops::kv_type says of the devices, which are all of one kind.
 std::uint64_t kv_element_bytes(const model::model_config& model,
                                const config::cluster_config& cluster) {
-  bool is_short = computes_on_gpus(cluster)
-                  || (cluster.model.arithmetic == config::numerics::fast
-                      && model.attention == model::attention_kind::latent);
+  bool is_short =
+    cluster.model.arithmetic == config::numerics::fast
+    && (computes_on_gpus(cluster) || model.attention == model::attention_kind::latent);
   return is_short ? 2 : 4;
 }
 

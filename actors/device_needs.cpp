@@ -17,6 +17,11 @@ std::int32_t number(std::uint32_t value) {
   return static_cast<std::int32_t>(value);
 }
 
+/// Of activations on a GPU.
+std::size_t element_bytes(const proto::ClusterPlan& plan) {
+  return numerics_of(plan) == kernels::numerics::exact ? sizeof(float) : sizeof(std::uint16_t);
+}
+
 placement::device_need need_of_stage(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
                                      const model::model_config& model) {
   const auto options = stage_options_of(stage, plan, model);
@@ -26,12 +31,12 @@ placement::device_need need_of_stage(const proto::ActorPlan& stage, const proto:
   part.end_expert = options.with_local_experts ? model.num_experts : 0;
   part.mtp = options.max_drafts > 0;
   placement::device_need need;
-  need.weights = model::device_weight_bytes(model, part);
+  need.weights = model::device_weight_bytes(model, part, numerics_of(plan));
   const auto ranks = static_cast<std::uint64_t>(model.part.num_ranks);
   need.kv_pages = stage.kv_bytes() / ranks;
-  need.scratch = model::device_scratch_bytes(model, options);
+  need.scratch = model::device_scratch_bytes(model, options, numerics_of(plan));
   if (ranks > 1) // where the ranks meet: rows of two calls, coming and added up
-    need.scratch += 4 * sizeof(std::uint16_t) * plan.max_batch_tokens()
+    need.scratch += 4 * element_bytes(plan) * plan.max_batch_tokens()
                     * static_cast<std::uint64_t>(model.hidden_size);
   need.graphs = placement::graph_bytes(stage.end_layer() - stage.first_layer());
   return need;
@@ -44,7 +49,7 @@ std::uint64_t outbox_need(const proto::ActorPlan& stage, const proto::ClusterPla
     return 0;
   return 2
          * outbox_bytes(plan.num_stages(), plan.max_batch_tokens(),
-                        sizeof(std::uint16_t) * static_cast<std::size_t>(model.hidden_size));
+                        element_bytes(plan) * static_cast<std::size_t>(model.hidden_size));
 }
 
 /// What a process has of its own of what it computes with; weights and pages are the keeper's.
@@ -73,9 +78,9 @@ placement::device_need need_of_experts(const proto::ActorPlan& group,
   part.end_expert = number(group.end_expert());
   part.mtp = plan.draft_tokens() > 0;
   placement::device_need need;
-  need.weights = model::device_weight_bytes(model, part);
+  need.weights = model::device_weight_bytes(model, part, numerics_of(plan));
   need.scratch = model::device_scratch_bytes(model, part.end_expert - part.first_expert,
-                                             number(plan.max_batch_tokens()));
+                                             number(plan.max_batch_tokens()), numerics_of(plan));
   return need;
 }
 
@@ -83,6 +88,10 @@ placement::device_need need_of_experts(const proto::ActorPlan& group,
 
 model::head_format head_of(const proto::ClusterPlan& plan) {
   return plan.int8_head() ? model::head_format::int8 : model::head_format::stored;
+}
+
+kernels::numerics numerics_of(const proto::ClusterPlan& plan) {
+  return plan.fast_numerics() ? kernels::numerics::fast : kernels::numerics::exact;
 }
 
 model::stage_options stage_options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,

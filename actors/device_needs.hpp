@@ -17,6 +17,9 @@ namespace troupe::actors {
 /// How a worker keeps the head.
 model::head_format head_of(const proto::ClusterPlan& plan);
 
+/// How its devices compute.
+kernels::numerics numerics_of(const proto::ClusterPlan& plan);
+
 /// What a worker loads a stage with.
 model::stage_options stage_options_of(const proto::ActorPlan& stage, const proto::ClusterPlan& plan,
                                       const model::model_config& model);

@@ -153,8 +153,8 @@ public:
     return {{mapped.get(), [mapped, keeper = keeper_](void*) {}}};
   }
 
-  expected<void> load(const std::string& actor, const std::string& content, const gpu_rank& rank,
-                      weights_taken which, const memory::activity& pulse,
+  expected<void> load(const std::string& actor, const std::string& content, kernels::numerics mode,
+                      const gpu_rank& rank, weights_taken which, const memory::activity& pulse,
                       const loading& load) override {
     for (bool may_be_filled : {true, false}) {
       auto weights = std::make_shared<kept_weights>(keeper_, device_, actor + "/weights", content);
@@ -164,8 +164,8 @@ public:
         return fail(error_code::unavailable,
                     fmt::format("{}: {} does not keep its weights whole", actor, name_));
       std::string why;
-      auto made =
-        kernels::cuda::make_cuda_ops(device_, why, pulse.counter(), weights, rank.group, rank.rank);
+      auto made = kernels::cuda::make_cuda_ops(device_, why, pulse.counter(), weights, rank.group,
+                                               rank.rank, mode);
       if (!made)
         return fail(error_code::internal, why);
       auto* device = made.get();
@@ -241,7 +241,7 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
 
 expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
 gpu::join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, std::int32_t num_cols,
-          proto::AllReduce wanted) {
+          kernels::numerics mode, proto::AllReduce wanted) {
   std::vector<std::int32_t> devices;
   for (const auto& rank : ranks) {
     auto index = index_of(rank->name());
@@ -252,7 +252,7 @@ gpu::join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, st
   std::string why;
   auto begin = std::chrono::steady_clock::now();
   auto group = kernels::cuda::make_gpu_rank_group(devices, max_rows, num_cols, why, sum_deadline,
-                                                  transport_of(wanted));
+                                                  transport_of(wanted), mode);
   if (!group)
     return fail(
       error_code::unavailable, why,
@@ -296,7 +296,8 @@ expected<std::shared_ptr<gpu>> gpu::open(const std::string& device, const std::s
 }
 
 expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
-gpu::join(std::span<const std::shared_ptr<gpu>>, std::int32_t, std::int32_t, proto::AllReduce) {
+gpu::join(std::span<const std::shared_ptr<gpu>>, std::int32_t, std::int32_t, kernels::numerics,
+          proto::AllReduce) {
   return fail(error_code::invalid_config, "this troupe was built without CUDA");
 }
 

@@ -65,18 +65,19 @@ public:
   /// what is asked for is not there; resource_exhausted.
   static expected<std::shared_ptr<kernels::cuda::gpu_rank_group>>
   join(std::span<const std::shared_ptr<gpu>> ranks, std::int32_t max_rows, std::int32_t num_cols,
-       proto::AllReduce wanted);
+       kernels::numerics mode, proto::AllReduce wanted);
 
   /// What libraries of GPUs read in the environment. Call it before any thread starts.
   static void prepare_environment();
 
   /// What a part of a model is loaded with: `load` is called with operations that place its
-  /// weights in kept memory. `content` says which weights they are: those of another content are
-  /// not taken for them. Where a predecessor has left them nothing is copied. `load` is called
-  /// again when what was left turns out to be incomplete. Of `kept_only`, errors: unavailable.
+  /// weights in kept memory. `content` says which weights they are, and how they are kept: those of
+  /// another content are not taken for them. Where a predecessor has left them nothing is copied.
+  /// `load` is called again when what was left turns out to be incomplete. Of `kept_only`, errors:
+  /// unavailable.
   using loading = std::function<expected<void>(std::shared_ptr<kernels::ops>)>;
   virtual expected<void> load(const std::string& actor, const std::string& content,
-                              const gpu_rank& rank, weights_taken which,
+                              kernels::numerics mode, const gpu_rank& rank, weights_taken which,
                               const memory::activity& pulse, const loading& load) = 0;
 
   /// How operations that `load` was called with wait for this GPU, as long as they live.

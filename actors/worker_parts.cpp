@@ -33,7 +33,8 @@ struct loader {
                             const gpu::loading& load) const {
     if (gpus.empty())
       return load(make_ops(pulse, plan().expert_threads(), nullptr, 0));
-    return gpus.front()->load(actor.id(), content_of(actor, 0), {}, weights_wanted(), pulse, load);
+    return gpus.front()->load(actor.id(), content_of(actor, 0), numerics_of(plan()), {},
+                              weights_wanted(), pulse, load);
   }
 
   bool is_ahead() const { return hurry != nullptr; }
@@ -45,11 +46,12 @@ struct loader {
 
   /// Which weights an actor has, of a rank.
   std::string content_of(const proto::ActorPlan& actor, std::int32_t rank) const {
-    return fmt::format("{} layers {}-{} experts {}-{} of {} drafts {} head {} rank {} of {}",
+    return fmt::format("{} layers {}-{} experts {}-{} of {} drafts {} head {} numerics {} rank {} "
+                       "of {}",
                        plan().model_path(), actor.first_layer(), actor.end_layer(),
                        actor.first_expert(), actor.end_expert(), plan().num_expert_groups(),
-                       plan().draft_tokens(), plan().int8_head() ? "int8" : "stored", rank,
-                       num_ranks());
+                       plan().draft_tokens(), plan().int8_head() ? "int8" : "stored",
+                       plan().fast_numerics() ? "fast" : "exact", rank, num_ranks());
   }
 
   std::int32_t num_ranks() const {
@@ -61,9 +63,8 @@ struct loader {
                                          std::shared_ptr<kernels::cpu_rank_group> group,
                                          std::int32_t rank) const {
     threads = std::max<std::uint32_t>(1, threads);
-    auto mode = plan().fast_numerics() ? kernels::numerics::fast : kernels::numerics::exact;
-    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter(), mode,
-                                      std::move(group), rank);
+    auto made = kernels::make_cpu_ops(static_cast<std::int32_t>(threads), pulse.counter(),
+                                      numerics_of(plan()), std::move(group), rank);
     return {made.release(), [pulse](kernels::ops* owned) { delete owned; }};
   }
 
@@ -222,7 +223,8 @@ struct loader {
     if (num_ranks() > 1 && gpus.empty())
       cpus = kernels::make_cpu_rank_group(num_ranks());
     if (num_ranks() > 1 && !gpus.empty()) {
-      auto joined = gpu::join(gpus, options.max_rows, config.hidden_size, plan().all_reduce());
+      auto joined = gpu::join(gpus, options.max_rows, config.hidden_size, numerics_of(plan()),
+                              plan().all_reduce());
       if (!joined)
         return tl::unexpected(joined.error());
       group = std::move(*joined);
@@ -254,8 +256,8 @@ struct loader {
       auto threads = plan().compute_threads() / static_cast<std::uint32_t>(num_ranks());
       auto loaded = gpus.empty() ? load(make_ops(s.pulse, threads, cpus, rank))
                                  : gpus[static_cast<std::size_t>(rank)]->load(
-                                   s.plan.id(), content_of(s.plan, rank), {group, rank},
-                                   weights_wanted(), s.pulse, load);
+                                   s.plan.id(), content_of(s.plan, rank), numerics_of(plan()),
+                                   {group, rank}, weights_wanted(), s.pulse, load);
       if (!loaded)
         return loaded;
       s.ops.push_back(std::move(used));

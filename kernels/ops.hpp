@@ -49,10 +49,11 @@ struct weight_matrix {
   const weight_recipe* recipe = nullptr;
 };
 
-/// How the CPU rounds activations before a product with a weight. `exact` keeps them in float32;
-/// `fast` rounds them to bf16 or, where weights are i8, to 8 bit by group, rounds what experts read
-/// and give to bf16, and keeps keys and values in bf16. Sums are in float32 (within a group of 8
-/// bit: exact) either way.
+/// How a device rounds activations. `exact` keeps them, and keys and values, in float32 and expands
+/// weights to float32. `fast` on the CPU rounds them before a product to bf16 or, where weights are
+/// i8, to 8 bit by group, rounds what experts read and give to bf16, and keeps latent keys in bf16;
+/// on a GPU everything is bf16 between two operations, and products are computed by its matrix
+/// unit. Sums are in float32 (within a group of 8 bit: exact) in any case.
 enum class numerics : std::uint8_t { exact, fast };
 
 /// What a weight is for.

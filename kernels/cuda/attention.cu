@@ -2,6 +2,7 @@
 #include "troupe/kernels/cuda/latent_attention.hpp"
 
 #include <cmath>
+#include <type_traits>
 
 namespace troupe::kernels::cuda {
 
@@ -12,9 +13,10 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kKeysOfTile = 64;
 
 /// What one row and head attends with, whichever the kind of attention.
+template <class T>
 struct query {
-  const bf16* first;  ///< against the first part of a place
-  const bf16* second; ///< against what lies behind it; null where there is nothing
+  const T* first;  ///< against the first part of a place
+  const T* second; ///< against what lies behind it; null where there is nothing
   std::int32_t first_width;
   std::int32_t second_width;
   std::int32_t key_offset; ///< of the first part, from the begin of a place
@@ -23,8 +25,9 @@ struct query {
 };
 
 /// Softmax attention of one block for one row and head, tile by tile of keys, in order. Any widths.
-__device__ void attend(const query& q, std::int32_t row, float scale, const device_batch& batch,
-                       const device_pages& pages, bf16* out) {
+template <class T>
+__device__ void attend(const query<T>& q, std::int32_t row, float scale, const device_batch& batch,
+                       const pages_of<T>& pages, T* out) {
   extern __shared__ float memory[];
   const std::int32_t key_width = q.first_width + q.second_width;
   float* query_values = memory;           // [key_width]
@@ -34,8 +37,7 @@ __device__ void attend(const query& q, std::int32_t row, float scale, const devi
   __shared__ std::int64_t places[kKeysOfTile];
 
   for (std::int32_t k = threadIdx.x; k < key_width; k += kThreads) {
-    query_values[k] =
-      __bfloat162float(k < q.first_width ? q.first[k] : q.second[k - q.first_width]);
+    query_values[k] = load(k < q.first_width ? q.first + k : q.second + (k - q.first_width));
   }
   for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
     sums[k] = 0.0F;
@@ -51,10 +53,10 @@ __device__ void attend(const query& q, std::int32_t row, float scale, const devi
     }
     __syncthreads();
     for (std::int32_t j = threadIdx.x / 32; j < count; j += kWarps) {
-      const bf16* key = pages.data + places[j] + q.key_offset;
+      const T* key = pages.data + places[j] + q.key_offset;
       float dot = 0.0F;
       for (std::int32_t k = threadIdx.x % 32; k < key_width; k += 32) {
-        dot = fmaf(query_values[k], __bfloat162float(key[k]), dot);
+        dot = fmaf(query_values[k], load(key + k), dot);
       }
       dot = warp_sum(dot);
       if (threadIdx.x % 32 == 0) {
@@ -78,13 +80,13 @@ __device__ void attend(const query& q, std::int32_t row, float scale, const devi
     for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
       float sum = sums[k] * shrink;
       for (std::int32_t j = 0; j < count; ++j) {
-        sum = fmaf(scores[j], __bfloat162float(pages.data[places[j] + q.value_offset + k]), sum);
+        sum = fmaf(scores[j], load(pages.data + places[j] + q.value_offset + k), sum);
       }
       sums[k] = sum;
     }
   }
   for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
-    out[k] = __float2bfloat16_rn(sums[k] / total);
+    store(out + k, sums[k] / total);
   }
 }
 
@@ -92,12 +94,13 @@ std::size_t memory_of(std::int32_t key_width, std::int32_t value_width) {
   return static_cast<std::size_t>(key_width + value_width + kKeysOfTile) * sizeof(float);
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-  latent_attention(rows_of_bf16 q_latent, rows_of_bf16 q_rope, std::int32_t q_rope_head_stride,
-                   float scale, device_batch batch, device_pages pages, rows_of_bf16 out) {
+  latent_attention(rows_of<T> q_latent, rows_of<T> q_rope, std::int32_t q_rope_head_stride,
+                   float scale, device_batch batch, pages_of<T> pages, rows_of<T> out) {
   const auto row = static_cast<std::int32_t>(blockIdx.y);
   const std::int64_t head = blockIdx.x;
-  query q;
+  query<T> q;
   q.first = q_latent.data + row * q_latent.stride + head * pages.first_width;
   q.second = q_rope.data + row * q_rope.stride + head * q_rope_head_stride;
   q.first_width = pages.first_width;
@@ -108,13 +111,14 @@ __global__ void __launch_bounds__(kThreads)
   attend(q, row, scale, batch, pages, out.data + row * out.stride + head * pages.first_width);
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-  grouped_attention(rows_of_bf16 q_rows, std::int32_t heads_of_group, std::int32_t head_dim,
-                    float scale, device_batch batch, device_pages pages, rows_of_bf16 out) {
+  grouped_attention(rows_of<T> q_rows, std::int32_t heads_of_group, std::int32_t head_dim,
+                    float scale, device_batch batch, pages_of<T> pages, rows_of<T> out) {
   const auto row = static_cast<std::int32_t>(blockIdx.y);
   const std::int32_t head = blockIdx.x;
   const std::int32_t group = head / heads_of_group;
-  query q;
+  query<T> q;
   q.first = q_rows.data + row * q_rows.stride + std::int64_t{head} * head_dim;
   q.second = nullptr;
   q.first_width = head_dim;
@@ -127,32 +131,49 @@ __global__ void __launch_bounds__(kThreads)
 
 } // namespace
 
-void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
-                             const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
+template <class T>
+void launch_latent_attention(cudaStream_t stream, const rows_of<T>& q_latent,
+                             const rows_of<T>& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
-                             const device_pages& pages, const rows_of_bf16& out, bool is_hopper) {
-  const auto addresses =
-    reinterpret_cast<std::uintptr_t>(q_latent.data) | reinterpret_cast<std::uintptr_t>(q_rope.data);
-  const auto strides = q_latent.stride | q_rope.stride | q_rope_head_stride;
-  if (pages.first_width == kWideLatent && pages.second_width == kWideRope && addresses % 16 == 0
-      && strides % 8 == 0) {
-    const auto wide = is_hopper ? launch_hopper_latent_attention : launch_wide_latent_attention;
-    wide(stream, q_latent, q_rope, q_rope_head_stride, num_heads, scale, batch, pages, out);
-    return;
+                             const pages_of<T>& pages, const rows_of<T>& out, bool is_hopper) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto addresses = reinterpret_cast<std::uintptr_t>(q_latent.data)
+                           | reinterpret_cast<std::uintptr_t>(q_rope.data);
+    const auto strides = q_latent.stride | q_rope.stride | q_rope_head_stride;
+    if (pages.first_width == kWideLatent && pages.second_width == kWideRope && addresses % 16 == 0
+        && strides % 8 == 0) {
+      const auto wide = is_hopper ? launch_hopper_latent_attention : launch_wide_latent_attention;
+      wide(stream, q_latent, q_rope, q_rope_head_stride, num_heads, scale, batch, pages, out);
+      return;
+    }
   }
   const dim3 grid(num_heads, q_latent.num_rows);
-  latent_attention<<<
-    grid, kThreads, memory_of(pages.first_width + pages.second_width, pages.first_width), stream>>>(
-    q_latent, q_rope, q_rope_head_stride, scale, batch, pages, out);
+  latent_attention<T>
+    <<<grid, kThreads, memory_of(pages.first_width + pages.second_width, pages.first_width),
+       stream>>>(q_latent, q_rope, q_rope_head_stride, scale, batch, pages, out);
 }
 
-void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,
+template <class T>
+void launch_grouped_attention(cudaStream_t stream, const rows_of<T>& q, std::int32_t num_heads,
                               std::int32_t num_kv_heads, float scale, const device_batch& batch,
-                              const device_pages& pages, const rows_of_bf16& out) {
+                              const pages_of<T>& pages, const rows_of<T>& out) {
   const dim3 grid(num_heads, q.num_rows);
   const std::int32_t head_dim = pages.first_width / num_kv_heads;
-  grouped_attention<<<grid, kThreads, memory_of(head_dim, head_dim), stream>>>(
+  grouped_attention<T><<<grid, kThreads, memory_of(head_dim, head_dim), stream>>>(
     q, num_heads / num_kv_heads, head_dim, scale, batch, pages, out);
 }
+
+template void launch_latent_attention(cudaStream_t, const rows_of<bf16>&, const rows_of<bf16>&,
+                                      std::int32_t, std::int32_t, float, const device_batch&,
+                                      const pages_of<bf16>&, const rows_of<bf16>&, bool);
+template void launch_grouped_attention(cudaStream_t, const rows_of<bf16>&, std::int32_t,
+                                       std::int32_t, float, const device_batch&,
+                                       const pages_of<bf16>&, const rows_of<bf16>&);
+template void launch_latent_attention(cudaStream_t, const rows_of<float>&, const rows_of<float>&,
+                                      std::int32_t, std::int32_t, float, const device_batch&,
+                                      const pages_of<float>&, const rows_of<float>&, bool);
+template void launch_grouped_attention(cudaStream_t, const rows_of<float>&, std::int32_t,
+                                       std::int32_t, float, const device_batch&,
+                                       const pages_of<float>&, const rows_of<float>&);
 
 } // namespace troupe::kernels::cuda

@@ -19,8 +19,9 @@ namespace {
 constexpr std::size_t kSlabBytes = std::size_t{16} << 20;
 constexpr std::size_t kWeightSlabBytes = std::size_t{256} << 20;
 
-rows_of_bf16 slice_rows(const rows_view& x, std::int32_t first, std::int32_t count) {
-  auto result = as_bf16(x);
+template <class T>
+rows_of<T> slice_rows(const rows_view& x, std::int32_t first, std::int32_t count) {
+  auto result = as_rows<T>(x);
   result.data += first * result.stride;
   result.num_rows = count;
   return result;
@@ -49,14 +50,15 @@ std::string pci_bus_id(std::int32_t device) {
 std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress,
                                        std::shared_ptr<weight_memory> weights,
-                                       std::shared_ptr<gpu_rank_group> group, std::int32_t rank) {
+                                       std::shared_ptr<gpu_rank_group> group, std::int32_t rank,
+                                       numerics mode) {
   auto ranks = std::static_pointer_cast<summing_group>(std::move(group));
   if (ranks != nullptr && (rank < 0 || rank >= ranks->size() || ranks->device(rank) != device)) {
     error = "cuda:" + std::to_string(device) + " is not that of rank " + std::to_string(rank);
     return nullptr;
   }
   auto result =
-    std::make_unique<cuda_ops>(device, progress, std::move(weights), std::move(ranks), rank);
+    std::make_unique<cuda_ops>(device, progress, std::move(weights), std::move(ranks), rank, mode);
   if (!result->failure().empty()) {
     error = result->failure();
     return nullptr;
@@ -66,8 +68,9 @@ std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
 
 cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
                    std::shared_ptr<weight_memory> weights, std::shared_ptr<summing_group> group,
-                   std::int32_t rank)
-  : group_(std::move(group)),
+                   std::int32_t rank, numerics mode)
+  : mode_(mode),
+    group_(std::move(group)),
     rank_(rank),
     gpu_(device),
     stream_(gpu_.stream()),
@@ -96,7 +99,8 @@ cuda_ops::cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
     steps_(gpu_) {
   const char* graphs = std::getenv("TROUPE_CUDA_GRAPHS");
   records_steps_ = graphs == nullptr || std::strcmp(graphs, "off") != 0;
-  description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name() + ")";
+  description_ = "cuda:" + std::to_string(device) + " (" + gpu_.name()
+                 + (is_exact() ? ", exact numerics)" : ")");
   flag_ = allocate(sizeof(std::int32_t));
   counters_ = allocate((kMixedRows + 1) * sizeof(std::int32_t));
 }
@@ -179,9 +183,11 @@ void cuda_ops::copy_to_host(const rows_view& from, void* to) {
   if (!begin_waiting(from.num_rows)) {
     return;
   }
-  const auto bytes = static_cast<std::size_t>(from.num_cols) * 2;
-  gpu_.check(cudaMemcpy2DAsync(to, bytes, from.data, static_cast<std::size_t>(from.stride) * 2,
-                               bytes, from.num_rows, cudaMemcpyDeviceToHost, stream_),
+  const auto element = size_of(activation_type());
+  const auto bytes = static_cast<std::size_t>(from.num_cols) * element;
+  gpu_.check(cudaMemcpy2DAsync(to, bytes, from.data,
+                               static_cast<std::size_t>(from.stride) * element, bytes,
+                               from.num_rows, cudaMemcpyDeviceToHost, stream_),
              "copy to the host");
   synchronise();
 }
@@ -190,9 +196,10 @@ void cuda_ops::copy_from_host(const void* from, const rows_view& to) {
   if (!begin_waiting(to.num_rows)) {
     return;
   }
-  const auto bytes = static_cast<std::size_t>(to.num_cols) * 2;
-  gpu_.check(cudaMemcpy2DAsync(to.data, static_cast<std::size_t>(to.stride) * 2, from, bytes, bytes,
-                               to.num_rows, cudaMemcpyHostToDevice, stream_),
+  const auto element = size_of(activation_type());
+  const auto bytes = static_cast<std::size_t>(to.num_cols) * element;
+  gpu_.check(cudaMemcpy2DAsync(to.data, static_cast<std::size_t>(to.stride) * element, from, bytes,
+                               bytes, to.num_rows, cudaMemcpyHostToDevice, stream_),
              "copy from the host");
   synchronise(); // the caller may change its memory
 }
@@ -210,15 +217,18 @@ void cuda_ops::embed(const weight_matrix& table, std::span<const std::int32_t> i
   }
   const auto* device_ids = ids_.find(ids);
   if (gpu_.ok()) {
-    launch_embed(stream_, table, device_ids, num_ids, as_bf16(out));
+    with_elements(
+      [&]<class T>() { launch_embed(stream_, table, device_ids, num_ids, as_rows<T>(out)); });
     launched("embed");
   }
 }
 
 void cuda_ops::clear(const rows_view& x) {
   if (begin(x.num_rows)) {
-    gpu_.check(cudaMemset2DAsync(x.data, static_cast<std::size_t>(x.stride) * 2, 0,
-                                 static_cast<std::size_t>(x.num_cols) * 2, x.num_rows, stream_),
+    const auto element = size_of(activation_type());
+    gpu_.check(cudaMemset2DAsync(x.data, static_cast<std::size_t>(x.stride) * element, 0,
+                                 static_cast<std::size_t>(x.num_cols) * element, x.num_rows,
+                                 stream_),
                "clearing rows");
   }
 }
@@ -228,16 +238,20 @@ void cuda_ops::all_reduce(const rows_view& x) {
     return;
   }
   const trace range("all-reduce");
-  if (!group_->add_up(stream_, rank_, as_bf16(x))) {
-    gpu_.fail("rows of " + std::to_string(x.num_cols) + " columns are too wide for the group");
-  }
+  with_elements([&]<class T>() {
+    if (!group_->add_up(stream_, rank_, as_rows<T>(x))) {
+      gpu_.fail("rows of " + std::to_string(x.num_cols) + " columns are too wide for the group");
+    }
+  });
   launched("all_reduce");
 }
 
 void cuda_ops::rms_norm(const rows_view& x, const float* weight, float epsilon,
                         const rows_view& out) {
   if (begin(x.num_rows)) {
-    launch_rms_norm(stream_, as_bf16(x), weight, epsilon, as_bf16(out));
+    with_elements([&]<class T>() {
+      launch_rms_norm(stream_, as_rows<T>(x), weight, epsilon, as_rows<T>(out));
+    });
     launched("rms_norm");
   }
 }
@@ -247,8 +261,10 @@ void cuda_ops::rope(const rows_view& x, std::int32_t num_heads, std::int32_t hea
                     std::span<const std::int32_t> positions, const float* inv_freq,
                     float magnitude) {
   if (begin(x.num_rows)) {
-    launch_rope(stream_, as_bf16(x), num_heads, head_stride, offset, rope_dim,
-                positions_.find(positions), inv_freq, magnitude, false);
+    with_elements([&]<class T>() {
+      launch_rope(stream_, as_rows<T>(x), num_heads, head_stride, offset, rope_dim,
+                  positions_.find(positions), inv_freq, magnitude, false);
+    });
     launched("rope");
   }
 }
@@ -258,8 +274,10 @@ void cuda_ops::rope_halves(const rows_view& x, std::int32_t num_heads, std::int3
                            std::span<const std::int32_t> positions, const float* inv_freq,
                            float magnitude) {
   if (begin(x.num_rows)) {
-    launch_rope(stream_, as_bf16(x), num_heads, head_stride, offset, rope_dim,
-                positions_.find(positions), inv_freq, magnitude, true);
+    with_elements([&]<class T>() {
+      launch_rope(stream_, as_rows<T>(x), num_heads, head_stride, offset, rope_dim,
+                  positions_.find(positions), inv_freq, magnitude, true);
+    });
     launched("rope_halves");
   }
 }
@@ -267,8 +285,11 @@ void cuda_ops::rope_halves(const rows_view& x, std::int32_t num_heads, std::int3
 void cuda_ops::append_kv(const rows_view& latent, const rows_view& rope_key,
                          const batch_view& batch, const kv_layer_view& kv) {
   if (begin(latent.num_rows)) {
-    launch_append(stream_, as_bf16(latent), as_bf16(rope_key), upload_batch(batch),
-                  {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim});
+    with_elements([&]<class T>() {
+      launch_append(
+        stream_, as_rows<T>(latent), as_rows<T>(rope_key), upload_batch(batch),
+        pages_of<T>{static_cast<T*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim});
+    });
     launched("append_kv");
   }
 }
@@ -278,8 +299,10 @@ void cuda_ops::append_grouped_kv(const rows_view& keys, const rows_view& values,
   // One place of a page is laid out as two parts in either kind of attention.
   const std::int32_t width = kv.num_kv_heads * kv.head_dim;
   if (begin(keys.num_rows)) {
-    launch_append(stream_, as_bf16(keys), as_bf16(values), upload_batch(batch),
-                  {static_cast<bf16*>(kv.data), kv.page_tokens, width, width});
+    with_elements([&]<class T>() {
+      launch_append(stream_, as_rows<T>(keys), as_rows<T>(values), upload_batch(batch),
+                    pages_of<T>{static_cast<T*>(kv.data), kv.page_tokens, width, width});
+    });
     launched("append_grouped_kv");
   }
 }
@@ -290,11 +313,13 @@ void cuda_ops::latent_attention(const rows_view& q_latent, const rows_view& q_ro
                                 const rows_view& out) {
   if (begin(q_latent.num_rows)) {
     const trace range("attention");
-    launch_latent_attention(
-      stream_, as_bf16(q_latent), as_bf16(q_rope), q_rope_head_stride, num_heads, scale,
-      upload_batch(batch),
-      {static_cast<bf16*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim}, as_bf16(out),
-      gpu_.is_hopper());
+    with_elements([&]<class T>() {
+      launch_latent_attention(
+        stream_, as_rows<T>(q_latent), as_rows<T>(q_rope), q_rope_head_stride, num_heads, scale,
+        upload_batch(batch),
+        pages_of<T>{static_cast<T*>(kv.data), kv.page_tokens, kv.latent_dim, kv.rope_dim},
+        as_rows<T>(out), gpu_.is_hopper());
+    });
     launched("latent_attention");
   }
 }
@@ -305,23 +330,27 @@ void cuda_ops::grouped_attention(const rows_view& q, std::int32_t num_heads, flo
   const std::int32_t width = kv.num_kv_heads * kv.head_dim;
   if (begin(q.num_rows)) {
     const trace range("attention");
-    launch_grouped_attention(
-      stream_, as_bf16(q), num_heads, kv.num_kv_heads, scale, upload_batch(batch),
-      {static_cast<bf16*>(kv.data), kv.page_tokens, width, width}, as_bf16(out));
+    with_elements([&]<class T>() {
+      launch_grouped_attention(
+        stream_, as_rows<T>(q), num_heads, kv.num_kv_heads, scale, upload_batch(batch),
+        pages_of<T>{static_cast<T*>(kv.data), kv.page_tokens, width, width}, as_rows<T>(out));
+    });
     launched("grouped_attention");
   }
 }
 
 void cuda_ops::swiglu(const rows_view& gate, const rows_view& up, const rows_view& out) {
   if (begin(gate.num_rows)) {
-    launch_swiglu(stream_, as_bf16(gate), as_bf16(up), as_bf16(out));
+    with_elements([&]<class T>() {
+      launch_swiglu(stream_, as_rows<T>(gate), as_rows<T>(up), as_rows<T>(out));
+    });
     launched("swiglu");
   }
 }
 
 void cuda_ops::add(const rows_view& x, const rows_view& delta) {
   if (begin(x.num_rows)) {
-    launch_add(stream_, as_bf16(x), as_bf16(delta));
+    with_elements([&]<class T>() { launch_add(stream_, as_rows<T>(x), as_rows<T>(delta)); });
     launched("add");
   }
 }
@@ -329,14 +358,17 @@ void cuda_ops::add(const rows_view& x, const rows_view& delta) {
 void cuda_ops::add_rms_norm(const rows_view& x, const rows_view& delta, const float* weight,
                             float epsilon, const rows_view& out) {
   if (begin(x.num_rows)) {
-    launch_add_rms_norm(stream_, as_bf16(x), as_bf16(delta), weight, epsilon, as_bf16(out));
+    with_elements([&]<class T>() {
+      launch_add_rms_norm(stream_, as_rows<T>(x), as_rows<T>(delta), weight, epsilon,
+                          as_rows<T>(out));
+    });
     launched("add_rms_norm");
   }
 }
 
 void cuda_ops::add_bias(const rows_view& x, const float* bias) {
   if (begin(x.num_rows)) {
-    launch_add_bias(stream_, as_bf16(x), bias);
+    with_elements([&]<class T>() { launch_add_bias(stream_, as_rows<T>(x), bias); });
     launched("add_bias");
   }
 }
@@ -358,7 +390,8 @@ void cuda_ops::route(const rows_view& x, const weight_matrix& w, const float* bi
       return;
     }
     auto* device_weights = reinterpret_cast<float*>(chosen + num_choices);
-    launch_router_logits(stream_, slice_rows(x, first, count), w, logits);
+    with_elements(
+      [&]<class T>() { launch_router_logits(stream_, slice_rows<T>(x, first, count), w, logits); });
     launch_choose_experts(stream_, logits, count, bias, params, chosen, device_weights);
     launched("route");
     gpu_.check(cudaMemcpyAsync(host, chosen, num_choices * 2 * sizeof(std::int32_t),
@@ -381,8 +414,10 @@ void cuda_ops::combine(const rows_view& expert_out, std::span<const std::int32_t
   const auto* rows = ring_.put(expert_rows.first(count));
   const auto* factors = ring_.put(weights.first(count));
   if (gpu_.ok()) {
-    launch_combine(stream_, as_bf16(expert_out), rows, factors, top_k, as_bf16(shared),
-                   as_bf16(out));
+    with_elements([&]<class T>() {
+      launch_combine(stream_, as_rows<T>(expert_out), rows, factors, top_k, as_rows<T>(shared),
+                     as_rows<T>(out));
+    });
     launched("combine");
   }
 }
@@ -476,7 +511,7 @@ bool cuda_ops::all_finite(const rows_view& x) {
   }
   auto* found = static_cast<std::int32_t*>(flag_.get());
   gpu_.check(cudaMemsetAsync(found, 0, sizeof(std::int32_t), stream_), "clearing a flag");
-  launch_find_not_finite(stream_, as_bf16(x), found);
+  with_elements([&]<class T>() { launch_find_not_finite(stream_, as_rows<T>(x), found); });
   launched("all_finite");
   gpu_.check(cudaMemcpyAsync(host, found, sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
              "copy of a flag");

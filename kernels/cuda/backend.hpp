@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "troupe/kernels/cuda/context.hpp"
 #include "troupe/kernels/cuda/cuda_ops.hpp"
 #include "troupe/kernels/cuda/kernels.hpp"
+#include "troupe/kernels/cuda/linear_exact.hpp"
 #include "troupe/kernels/cuda/recording.hpp"
 #include "troupe/kernels/cuda/summing_group.hpp"
 
@@ -16,6 +18,7 @@ namespace troupe::kernels::cuda {
 /// What `place` leaves on the device of a weight. `weight_matrix::packed` points to it.
 struct placed_weight {
   packed_matrix packed;
+  exact_weight exact; ///< instead, with exact numerics
   std::shared_ptr<void> data;
   std::shared_ptr<void> scales;
   std::shared_ptr<void> zeros;
@@ -26,11 +29,13 @@ class cuda_ops final : public gpu_ops {
 public:
   cuda_ops(std::int32_t device, std::atomic<std::uint64_t>* progress,
            std::shared_ptr<weight_memory> weights, std::shared_ptr<summing_group> group,
-           std::int32_t rank);
+           std::int32_t rank, numerics mode);
   ~cuda_ops() override;
 
   const char* description() const override { return description_.c_str(); }
-  element_type activation_type() const override { return element_type::bf16; }
+  element_type activation_type() const override {
+    return is_exact() ? element_type::f32 : element_type::bf16;
+  }
   std::shared_ptr<void> allocate(std::size_t bytes) override;
   weight_matrix place(const weight_matrix& weight, weight_use use) override;
   weight_reading reads_of_weights() const override {
@@ -117,6 +122,18 @@ private:
     std::int64_t group_stride;
   };
 
+  bool is_exact() const { return mode_ == numerics::exact; }
+
+  /// Calls use.template operator()<T>() with the type of the elements of activations.
+  template <class Use>
+  void with_elements(const Use& use) {
+    if (is_exact()) {
+      use.template operator()<float>();
+    } else {
+      use.template operator()<bf16>();
+    }
+  }
+
   /// Counts, makes the device current and says whether there is anything to do.
   bool begin(std::int32_t num_rows = 1);
   /// The same for what waits for the device, which a recorded step cannot.
@@ -129,14 +146,18 @@ private:
   std::shared_ptr<void> take_weight(std::size_t bytes);
   std::shared_ptr<void> upload_weight(const void* from, std::size_t bytes);
   std::shared_ptr<void> place_scales(const weight_matrix& weight);
-  template <class Use>
-  void stage(const weight_matrix& weight, const weight_matrix& on_device, const Use& use);
-  std::int32_t* next_nan_note();
+  void stage(const weight_matrix& weight, const weight_matrix& on_device,
+             const std::function<void(weight_matrix rows, std::int32_t first)>& use);
+  std::int32_t* next_note();
+  std::int32_t known_note(const std::int32_t* note) const;
   bool pack(const weight_matrix& weight, const weight_matrix& on_device, const packed_matrix& to,
             std::int32_t* note);
   void choose_packing(const weight_matrix& weight, packed_matrix& to) const;
   weight_matrix place_rows(const weight_matrix& weight, const weight_matrix& on_device);
+  weight_matrix place_exact(const weight_matrix& weight, const weight_matrix& on_device,
+                            weight_use use, std::unique_ptr<placed_weight> placed);
   const packed_matrix& packed(const weight_matrix& w) const;
+  const exact_weight& exact(const weight_matrix& w) const;
   device_batch upload_batch(const batch_view& batch);
   /// Rows as product kernels read them: whole chunks, on borders of 16 bytes.
   readable_rows make_readable(const rows_view& x, std::int32_t num_groups,
@@ -164,14 +185,31 @@ private:
                   std::int64_t out_stride);
   void multiply_runs(linear_args args);
 
-  /// The experts of a layer for launch_plan_mixture.
+  // The same with exact numerics.
+  void multiply_exact(const rows_view& x, std::int32_t x_step, const weight_matrix& w,
+                      std::int32_t num_jobs, const rows_view& out, std::int32_t out_step);
+  void queue_exact_runs(std::span<const expert_weights> experts,
+                        weight_matrix expert_weights::*part, const rows_view& x,
+                        const std::int32_t* task_rows, const rows_view& out);
+  void multiply_exact_runs(exact_args args);
+  void compute_experts_exactly(const rows_view& x, std::span<const expert_task> tasks,
+                               std::span<const expert_weights> experts, const rows_view& out);
+  bool mix_exactly(const rows_view& x, const mixture_weights& w, const router_params& params,
+                   const mixture_scratch& scratch, const rows_view& out);
+
+  /// The experts of a layer for launch_plan_mixture or, with exact numerics, for exact_args.
   struct expert_table {
     std::vector<std::array<const void*, 3>> experts; ///< gate, up, down as `place` returned them
-    std::shared_ptr<void> memory;                    ///< expert_parts; null: shapes differ
-    packed_matrix gate, down;                        ///< shapes
+    std::shared_ptr<void> memory;      ///< expert_parts, or exact_weights; null: shapes differ
+    packed_matrix gate, down;          ///< shapes
+    exact_weight exact_in, exact_down; ///< likewise; gate and up are alike
   };
   const expert_table* find_experts(std::span<const expert_weights> experts);
+  bool make_table(std::span<const expert_weights> experts, expert_table& table);
+  bool make_exact_table(std::span<const expert_weights> experts, expert_table& table);
+  bool upload_table(const void* parts, std::size_t bytes, expert_table& table);
 
+  numerics mode_;
   std::shared_ptr<summing_group> group_; ///< null: computes alone
   std::int32_t rank_;
   context gpu_;
@@ -193,12 +231,13 @@ private:
   bool is_alone_ = false;  ///< it rehearses
   bool weights_are_there_; ///< a predecessor has placed them
   std::shared_ptr<void>
-    nan_table_; ///< of the device: for each product weight, whether it holds NaN
-  std::vector<std::int32_t> known_nans_; ///< what a predecessor found
+    notes_; ///< of the device: for each product weight, what a successor has to know of it
+  std::vector<std::int32_t> known_notes_; ///< those of a predecessor
   std::size_t num_products_ = 0;
   std::vector<expert_run> runs_;
   std::vector<queued_job> queue_;
   std::vector<linear_job> jobs_;
+  std::vector<exact_job> exact_queue_;
   std::vector<std::int32_t> task_rows_, slots_, task_slots_;
   std::vector<device_sampling> sampling_;
   std::vector<std::int32_t> banned_;

@@ -34,12 +34,14 @@ device_memory memory_of(std::int32_t device);
 /// ticket until the copy was done, or the GPU failed; what arrived may be anything.
 enum class fetched_rows : std::uint8_t { whole, gone, not_finite };
 
-/// Operations on one GPU: bfloat16 activations and pages, float32 accumulation. Work is queued on
-/// one stream of the object; what an operation writes to host memory is there when it returns,
-/// everything else is only queued. An object is used by one thread at a time.
+/// Operations on one GPU: bfloat16 activations and pages, or float32 with exact numerics, and
+/// float32 accumulation. Work is queued on one stream of the object; what an operation writes to
+/// host memory is there when it returns, everything else is only queued. An object is used by one
+/// thread at a time.
 ///
-/// Weights of 16, 8 and 4 bit stay as wide as they are stored and are expanded in registers;
-/// float32 and float16 weights of products are rounded to bfloat16 when they are placed.
+/// Weights of 16, 8 and 4 bit stay as wide as they are stored and are expanded in registers.
+/// Float32 and float16 weights of products are rounded to bfloat16 when they are placed, but not
+/// with exact numerics, which round no weight that is not to be kept in 8 bit.
 ///
 /// When the GPU fails, the first failure is kept (`failure`), further operations do nothing,
 /// `all_finite` says no and `sample` gives token -1: the process has to be replaced.
@@ -97,12 +99,12 @@ void prepare_environment();
 /// alone. max_rows x num_cols: the largest rows that `all_reduce` is given as a rule; larger ones
 /// are added up in several parts. The deadline is for the time from when one rank comes to when the
 /// last one does. `automatic` is decided here (choose_transport); the bits are the same with each.
-/// Null with the cause in `error`: where NCCL is asked for, also when its library is not there.
-std::shared_ptr<gpu_rank_group>
-make_gpu_rank_group(std::span<const std::int32_t> devices, std::int32_t max_rows,
-                    std::int32_t num_cols, std::string& error,
-                    std::chrono::milliseconds deadline = std::chrono::seconds(2),
-                    sum_transport transport = sum_transport::automatic);
+/// `mode` is that of the operations, whose rows are twice as wide where they are exact. Null with
+/// the cause in `error`: where NCCL is asked for, also when its library is not there.
+std::shared_ptr<gpu_rank_group> make_gpu_rank_group(
+  std::span<const std::int32_t> devices, std::int32_t max_rows, std::int32_t num_cols,
+  std::string& error, std::chrono::milliseconds deadline = std::chrono::seconds(2),
+  sum_transport transport = sum_transport::automatic, numerics mode = numerics::fast);
 
 /// Opens a GPU. Null where that fails, with the cause in `error`. `progress`, which outlives the
 /// object, is counted up with every operation and every wait that ended. Weights are placed in
@@ -113,6 +115,6 @@ std::unique_ptr<gpu_ops> make_cuda_ops(std::int32_t device, std::string& error,
                                        std::atomic<std::uint64_t>* progress = nullptr,
                                        std::shared_ptr<weight_memory> weights = nullptr,
                                        std::shared_ptr<gpu_rank_group> group = nullptr,
-                                       std::int32_t rank = 0);
+                                       std::int32_t rank = 0, numerics mode = numerics::fast);
 
 } // namespace troupe::kernels::cuda

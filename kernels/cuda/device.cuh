@@ -98,8 +98,27 @@ __device__ inline float gated(float gate, float up) {
   return gate / (1.0F + expf(-gate)) * up;
 }
 
+// An element of activations as a number, and back.
+
+__device__ inline float load(const bf16* at) {
+  return __bfloat162float(*at);
+}
+
+__device__ inline float load(const float* at) {
+  return *at;
+}
+
+__device__ inline void store(bf16* at, float value) {
+  *at = __float2bfloat16_rn(value);
+}
+
+__device__ inline void store(float* at, float value) {
+  *at = value;
+}
+
 /// Where a position of a row's sequence lies in the pages.
-__device__ inline std::int64_t place_of(const device_batch& batch, const device_pages& pages,
+template <class T>
+__device__ inline std::int64_t place_of(const device_batch& batch, const pages_of<T>& pages,
                                         std::int32_t row, std::int32_t position) {
   const std::int32_t* table = batch.tables + batch.offsets[batch.sequences[row]];
   const std::int64_t page = table[position / pages.page_tokens];

@@ -1,6 +1,7 @@
 #include "troupe/kernels/cuda/device.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace troupe::kernels::cuda {
 
@@ -8,44 +9,40 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ float load(const bf16* at) {
-  return __bfloat162float(*at);
-}
-
-__device__ void store(bf16* at, float value) {
-  *at = __float2bfloat16_rn(value);
-}
-
 /// A thread has kEmbedded neighbouring columns.
 constexpr int kEmbedded = 8;
 
+template <class T>
 __global__ void embed(const void* table, bool is_float, bool is_aligned, std::int64_t num_cols,
-                      const std::int32_t* ids, rows_of_bf16 out) {
+                      const std::int32_t* ids, rows_of<T> out) {
   follow();
   const auto row = std::int64_t{ids[blockIdx.x]};
   const std::int64_t first = (std::int64_t{blockIdx.y} * kThreads + threadIdx.x) * kEmbedded;
-  bf16* to = out.data + blockIdx.x * out.stride;
-  if (is_aligned && first < num_cols) {
-    const bf16* from = static_cast<const bf16*>(table) + row * num_cols + first;
-    *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(from);
-    return;
+  T* to = out.data + blockIdx.x * out.stride;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (is_aligned && first < num_cols) {
+      const bf16* from = static_cast<const bf16*>(table) + row * num_cols + first;
+      *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(from);
+      return;
+    }
   }
   const std::int64_t last = first + kEmbedded < num_cols ? first + kEmbedded : num_cols;
   for (auto k = first; k < last; ++k) {
     if (is_float) {
       store(to + k, static_cast<const float*>(table)[row * num_cols + k]);
     } else {
-      to[k] = static_cast<const bf16*>(table)[row * num_cols + k];
+      store(to + k, load(static_cast<const bf16*>(table) + row * num_cols + k));
     }
   }
 }
 
 /// One block a row; a thread keeps what it read, so that out may be x.
-__global__ void rms_norm(rows_of_bf16 x, const float* weight, float epsilon, rows_of_bf16 out) {
+template <class T>
+__global__ void rms_norm(rows_of<T> x, const float* weight, float epsilon, rows_of<T> out) {
   __shared__ float memory[32];
   follow();
-  const bf16* from = x.data + blockIdx.x * x.stride;
-  bf16* to = out.data + blockIdx.x * out.stride;
+  const T* from = x.data + blockIdx.x * x.stride;
+  T* to = out.data + blockIdx.x * out.stride;
   float squares = 0.0F;
   for (std::int32_t k = threadIdx.x; k < x.num_cols; k += kThreads) {
     const float value = load(from + k);
@@ -114,7 +111,8 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-__global__ void rope(rows_of_bf16 x, std::int32_t num_heads, std::int32_t head_stride,
+template <class T>
+__global__ void rope(rows_of<T> x, std::int32_t num_heads, std::int32_t head_stride,
                      std::int32_t offset, std::int32_t num_pairs, const std::int32_t* positions,
                      const float* inv_freq, float magnitude, bool halves) {
   follow();
@@ -124,9 +122,9 @@ __global__ void rope(rows_of_bf16 x, std::int32_t num_heads, std::int32_t head_s
   }
   const auto position = static_cast<float>(positions[blockIdx.x]);
   const std::int32_t pair = i % num_pairs;
-  bf16* head = x.data + blockIdx.x * x.stride + offset + std::int64_t{i / num_pairs} * head_stride;
-  bf16* first = head + (halves ? pair : 2 * pair);
-  bf16* second = head + (halves ? pair + num_pairs : 2 * pair + 1);
+  T* head = x.data + blockIdx.x * x.stride + offset + std::int64_t{i / num_pairs} * head_stride;
+  T* first = head + (halves ? pair : 2 * pair);
+  T* second = head + (halves ? pair + num_pairs : 2 * pair + 1);
   float sine;
   float cosine;
   sincosf(position * inv_freq[pair], &sine, &cosine);
@@ -138,11 +136,11 @@ __global__ void rope(rows_of_bf16 x, std::int32_t num_heads, std::int32_t head_s
   store(second, a * sine + b * cosine);
 }
 
-__global__ void append(rows_of_bf16 first, rows_of_bf16 second, device_batch batch,
-                       device_pages pages) {
+template <class T>
+__global__ void append(rows_of<T> first, rows_of<T> second, device_batch batch, pages_of<T> pages) {
   follow();
   const auto row = static_cast<std::int32_t>(blockIdx.x);
-  bf16* to = pages.data + place_of(batch, pages, row, batch.positions[row]);
+  T* to = pages.data + place_of(batch, pages, row, batch.positions[row]);
   for (std::int32_t k = threadIdx.x; k < pages.first_width; k += blockDim.x) {
     to[k] = first.data[row * first.stride + k];
   }
@@ -151,7 +149,8 @@ __global__ void append(rows_of_bf16 first, rows_of_bf16 second, device_batch bat
   }
 }
 
-__global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
+template <class T>
+__global__ void swiglu(rows_of<T> gate, rows_of<T> up, rows_of<T> out) {
   follow();
   const std::int64_t row = blockIdx.y;
   const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
@@ -162,19 +161,20 @@ __global__ void swiglu(rows_of_bf16 gate, rows_of_bf16 up, rows_of_bf16 out) {
   }
 }
 
-__global__ void add(rows_of_bf16 x, const bf16* delta, std::int64_t delta_stride,
-                    const float* bias) {
+template <class T>
+__global__ void add(rows_of<T> x, const T* delta, std::int64_t delta_stride, const float* bias) {
   follow();
   const std::int64_t row = blockIdx.y;
   const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
   if (k < x.num_cols) {
-    bf16* at = x.data + row * x.stride + k;
+    T* at = x.data + row * x.stride + k;
     store(at, load(at) + (bias != nullptr ? bias[k] : load(delta + row * delta_stride + k)));
   }
 }
 
-__global__ void combine(rows_of_bf16 expert_out, const std::int32_t* rows, const float* weights,
-                        std::int32_t top_k, rows_of_bf16 shared, rows_of_bf16 out) {
+template <class T>
+__global__ void combine(rows_of<T> expert_out, const std::int32_t* rows, const float* weights,
+                        std::int32_t top_k, rows_of<T> shared, rows_of<T> out) {
   follow();
   const std::int64_t row = blockIdx.y;
   const std::int32_t k = blockIdx.x * kThreads + threadIdx.x;
@@ -183,20 +183,21 @@ __global__ void combine(rows_of_bf16 expert_out, const std::int32_t* rows, const
   }
   float sum = 0.0F;
   for (std::int32_t j = 0; j < top_k; ++j) {
-    const std::int64_t from = rows[row * top_k + j];
+    const std::int64_t from = rows == nullptr ? row * top_k + j : rows[row * top_k + j];
     sum = fmaf(weights[row * top_k + j], load(expert_out.data + from * expert_out.stride + k), sum);
   }
   if (shared.data != nullptr) {
     sum += load(shared.data + row * shared.stride + k);
   }
-  bf16* at = out.data + row * out.stride + k;
+  T* at = out.data + row * out.stride + k;
   store(at, load(at) + sum);
 }
 
-__global__ void find_not_finite(rows_of_bf16 x, std::int32_t* found) {
-  const auto* row = reinterpret_cast<const std::uint16_t*>(x.data + blockIdx.x * x.stride);
+template <class T>
+__global__ void find_not_finite(rows_of<T> x, std::int32_t* found) {
+  const T* row = x.data + blockIdx.x * x.stride;
   for (std::int32_t k = threadIdx.x; k < x.num_cols; k += blockDim.x) {
-    if ((row[k] & 0x7F80) == 0x7F80) {
+    if ((__float_as_uint(load(row + k)) & 0x7F800000U) == 0x7F800000U) {
       *found = 1;
     }
   }
@@ -229,26 +230,29 @@ __global__ void copy_pieces(const uint4* from, uint4* to, std::int64_t count) {
   }
 }
 
-dim3 grid_of(const rows_of_bf16& x) {
+template <class T>
+dim3 grid_of(const rows_of<T>& x) {
   return {static_cast<unsigned>(ceil_div(x.num_cols, kThreads)), static_cast<unsigned>(x.num_rows)};
 }
 
 /// Rows along y, of which a grid has at most 65,535.
-template <class Work>
-void for_row_ranges(const rows_of_bf16& x, const Work& work) {
+template <class T, class Work>
+void for_row_ranges(const rows_of<T>& x, const Work& work) {
   constexpr std::int32_t kMost = 65535;
   for (std::int32_t first = 0; first < x.num_rows; first += kMost) {
     work(first, std::min(kMost, x.num_rows - first));
   }
 }
 
-rows_of_bf16 slice(rows_of_bf16 x, std::int32_t first, std::int32_t count) {
+template <class T>
+rows_of<T> slice(rows_of<T> x, std::int32_t first, std::int32_t count) {
   x.data = x.data == nullptr ? nullptr : x.data + first * x.stride;
   x.num_rows = count;
   return x;
 }
 
-/// Rows of a model are all aligned or none of them is, so a row always meets the same kernel.
+/// Whether rms_norm_pieces can do it, which knows bf16 alone. Rows of a model are all aligned or
+/// none of them is, so a row always meets the same kernel.
 bool is_in_pieces(const rows_of_bf16& x, const float* weight, const rows_of_bf16& out) {
   const auto addresses = reinterpret_cast<std::uintptr_t>(x.data)
                          | reinterpret_cast<std::uintptr_t>(out.data)
@@ -259,94 +263,110 @@ bool is_in_pieces(const rows_of_bf16& x, const float* weight, const rows_of_bf16
 
 } // namespace
 
+template <class T>
 void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::int32_t* ids,
-                  std::int32_t num_ids, const rows_of_bf16& out) {
+                  std::int32_t num_ids, const rows_of<T>& out) {
   const auto addresses =
     reinterpret_cast<std::uintptr_t>(table.data) | reinterpret_cast<std::uintptr_t>(out.data);
   const bool is_float = table.type == element_type::f32;
   const bool is_aligned =
     !is_float && addresses % 16 == 0 && (out.stride | table.num_cols) % kEmbedded == 0;
   const dim3 grid(num_ids, ceil_div(table.num_cols, kThreads * kEmbedded));
-  launch(stream, grid, kThreads, 0, embed, table.data, is_float, is_aligned, table.num_cols, ids,
+  launch(stream, grid, kThreads, 0, embed<T>, table.data, is_float, is_aligned, table.num_cols, ids,
          out);
 }
 
-void launch_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const float* weight, float epsilon,
-                     const rows_of_bf16& out) {
-  if (is_in_pieces(x, weight, out)) {
-    const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
-    launch(stream, x.num_rows, threads, 0, rms_norm_pieces<false>, x, nullptr, 0, weight, epsilon,
-           out);
-  } else {
-    launch(stream, x.num_rows, kThreads, 0, rms_norm, x, weight, epsilon, out);
+template <class T>
+void launch_rms_norm(cudaStream_t stream, const rows_of<T>& x, const float* weight, float epsilon,
+                     const rows_of<T>& out) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (is_in_pieces(x, weight, out)) {
+      const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
+      launch(stream, x.num_rows, threads, 0, rms_norm_pieces<false>, x, nullptr, 0, weight, epsilon,
+             out);
+      return;
+    }
   }
+  launch(stream, x.num_rows, kThreads, 0, rms_norm<T>, x, weight, epsilon, out);
 }
 
-void launch_rope(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_heads,
+template <class T>
+void launch_rope(cudaStream_t stream, const rows_of<T>& x, std::int32_t num_heads,
                  std::int32_t head_stride, std::int32_t offset, std::int32_t rope_dim,
                  const std::int32_t* positions, const float* inv_freq, float magnitude,
                  bool halves) {
   const dim3 grid(x.num_rows, ceil_div(num_heads * (rope_dim / 2), kThreads));
-  launch(stream, grid, kThreads, 0, rope, x, num_heads, head_stride, offset, rope_dim / 2,
+  launch(stream, grid, kThreads, 0, rope<T>, x, num_heads, head_stride, offset, rope_dim / 2,
          positions, inv_freq, magnitude, halves);
 }
 
-void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of_bf16& second,
-                   const device_batch& batch, const device_pages& pages) {
-  launch(stream, first.num_rows, kThreads, 0, append, first, second, batch, pages);
+template <class T>
+void launch_append(cudaStream_t stream, const rows_of<T>& first, const rows_of<T>& second,
+                   const device_batch& batch, const pages_of<T>& pages) {
+  launch(stream, first.num_rows, kThreads, 0, append<T>, first, second, batch, pages);
 }
 
-void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
-                   const rows_of_bf16& out) {
+template <class T>
+void launch_swiglu(cudaStream_t stream, const rows_of<T>& gate, const rows_of<T>& up,
+                   const rows_of<T>& out) {
   for_row_ranges(gate, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(gate, first, count);
-    launch(stream, grid_of(part), kThreads, 0, swiglu, part, slice(up, first, count),
+    launch(stream, grid_of(part), kThreads, 0, swiglu<T>, part, slice(up, first, count),
            slice(out, first, count));
   });
 }
 
-void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta) {
+template <class T>
+void launch_add(cudaStream_t stream, const rows_of<T>& x, const rows_of<T>& delta) {
   for_row_ranges(x, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(x, first, count);
-    launch(stream, grid_of(part), kThreads, 0, add, part, slice(delta, first, count).data,
+    launch(stream, grid_of(part), kThreads, 0, add<T>, part, slice(delta, first, count).data,
            delta.stride, nullptr);
   });
 }
 
-void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta,
-                         const float* weight, float epsilon, const rows_of_bf16& out) {
-  const bool delta_is_whole =
-    reinterpret_cast<std::uintptr_t>(delta.data) % 16 == 0 && delta.stride % 8 == 0;
-  if (delta_is_whole && is_in_pieces(x, weight, out)) {
-    const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
-    launch(stream, x.num_rows, threads, 0, rms_norm_pieces<true>, x, delta.data, delta.stride,
-           weight, epsilon, out);
-  } else {
-    launch_add(stream, x, delta);
-    launch_rms_norm(stream, x, weight, epsilon, out);
+template <class T>
+void launch_add_rms_norm(cudaStream_t stream, const rows_of<T>& x, const rows_of<T>& delta,
+                         const float* weight, float epsilon, const rows_of<T>& out) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const bool delta_is_whole =
+      reinterpret_cast<std::uintptr_t>(delta.data) % 16 == 0 && delta.stride % 8 == 0;
+    if (delta_is_whole && is_in_pieces(x, weight, out)) {
+      const auto threads = ceil_div(x.num_cols / 8, 32) * 32;
+      launch(stream, x.num_rows, threads, 0, rms_norm_pieces<true>, x, delta.data, delta.stride,
+             weight, epsilon, out);
+      return;
+    }
   }
+  launch_add(stream, x, delta);
+  launch_rms_norm(stream, x, weight, epsilon, out);
 }
 
-void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias) {
+template <class T>
+void launch_add_bias(cudaStream_t stream, const rows_of<T>& x, const float* bias) {
   for_row_ranges(x, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(x, first, count);
-    launch(stream, grid_of(part), kThreads, 0, add, part, nullptr, 0, bias);
+    launch(stream, grid_of(part), kThreads, 0, add<T>, part, nullptr, 0, bias);
   });
 }
 
-void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
-                    const float* weights, std::int32_t top_k, const rows_of_bf16& shared,
-                    const rows_of_bf16& out) {
+template <class T>
+void launch_combine(cudaStream_t stream, const rows_of<T>& expert_out, const std::int32_t* rows,
+                    const float* weights, std::int32_t top_k, const rows_of<T>& shared,
+                    const rows_of<T>& out) {
   for_row_ranges(out, [&](std::int32_t first, std::int32_t count) {
     const auto part = slice(out, first, count);
     const auto at = std::int64_t{first} * top_k;
-    launch(stream, grid_of(part), kThreads, 0, combine, expert_out, rows + at, weights + at, top_k,
-           slice(shared, first, count), part);
+    const bool in_order = rows == nullptr;
+    launch(stream, grid_of(part), kThreads, 0, combine<T>,
+           in_order ? slice(expert_out, first * top_k, count * top_k) : expert_out,
+           in_order ? nullptr : rows + at, weights + at, top_k, slice(shared, first, count), part);
   });
 }
 
-void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found) {
-  find_not_finite<<<x.num_rows, kThreads, 0, stream>>>(x, found);
+template <class T>
+void launch_find_not_finite(cudaStream_t stream, const rows_of<T>& x, std::int32_t* found) {
+  find_not_finite<T><<<x.num_rows, kThreads, 0, stream>>>(x, found);
 }
 
 void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes) {
@@ -362,5 +382,43 @@ void launch_pad(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_gro
   pad<<<x.num_rows, kThreads, 0, stream>>>(x, num_groups, group_stride, group_cols, padded_cols,
                                            out);
 }
+
+template void launch_embed(cudaStream_t, const weight_matrix&, const std::int32_t*, std::int32_t,
+                           const rows_of<bf16>&);
+template void launch_rms_norm(cudaStream_t, const rows_of<bf16>&, const float*, float,
+                              const rows_of<bf16>&);
+template void launch_rope(cudaStream_t, const rows_of<bf16>&, std::int32_t, std::int32_t,
+                          std::int32_t, std::int32_t, const std::int32_t*, const float*, float,
+                          bool);
+template void launch_append(cudaStream_t, const rows_of<bf16>&, const rows_of<bf16>&,
+                            const device_batch&, const pages_of<bf16>&);
+template void launch_swiglu(cudaStream_t, const rows_of<bf16>&, const rows_of<bf16>&,
+                            const rows_of<bf16>&);
+template void launch_add(cudaStream_t, const rows_of<bf16>&, const rows_of<bf16>&);
+template void launch_add_rms_norm(cudaStream_t, const rows_of<bf16>&, const rows_of<bf16>&,
+                                  const float*, float, const rows_of<bf16>&);
+template void launch_add_bias(cudaStream_t, const rows_of<bf16>&, const float*);
+template void launch_combine(cudaStream_t, const rows_of<bf16>&, const std::int32_t*, const float*,
+                             std::int32_t, const rows_of<bf16>&, const rows_of<bf16>&);
+template void launch_find_not_finite(cudaStream_t, const rows_of<bf16>&, std::int32_t*);
+
+template void launch_embed(cudaStream_t, const weight_matrix&, const std::int32_t*, std::int32_t,
+                           const rows_of<float>&);
+template void launch_rms_norm(cudaStream_t, const rows_of<float>&, const float*, float,
+                              const rows_of<float>&);
+template void launch_rope(cudaStream_t, const rows_of<float>&, std::int32_t, std::int32_t,
+                          std::int32_t, std::int32_t, const std::int32_t*, const float*, float,
+                          bool);
+template void launch_append(cudaStream_t, const rows_of<float>&, const rows_of<float>&,
+                            const device_batch&, const pages_of<float>&);
+template void launch_swiglu(cudaStream_t, const rows_of<float>&, const rows_of<float>&,
+                            const rows_of<float>&);
+template void launch_add(cudaStream_t, const rows_of<float>&, const rows_of<float>&);
+template void launch_add_rms_norm(cudaStream_t, const rows_of<float>&, const rows_of<float>&,
+                                  const float*, float, const rows_of<float>&);
+template void launch_add_bias(cudaStream_t, const rows_of<float>&, const float*);
+template void launch_combine(cudaStream_t, const rows_of<float>&, const std::int32_t*, const float*,
+                             std::int32_t, const rows_of<float>&, const rows_of<float>&);
+template void launch_find_not_finite(cudaStream_t, const rows_of<float>&, std::int32_t*);
 
 } // namespace troupe::kernels::cuda

@@ -9,7 +9,8 @@ void cuda_ops::leave_rows(const rows_view& from, std::uint64_t oldest, void* blo
   if (!begin_waiting(from.num_rows)) {
     return;
   }
-  launch_leave_rows(stream_, as_bf16(from), oldest, block, offset);
+  with_elements(
+    [&]<class T>() { launch_leave_rows(stream_, as_rows<T>(from), oldest, block, offset); });
   launched("leave_rows");
   synchronise();
 }
@@ -26,7 +27,8 @@ fetched_rows cuda_ops::fetch_rows(const void* block, std::size_t offset, std::ui
     return fetched_rows::gone;
   }
   *notes = {};
-  launch_fetch_rows(stream_, block, offset, ticket, as_bf16(to), notes);
+  with_elements(
+    [&]<class T>() { launch_fetch_rows(stream_, block, offset, ticket, as_rows<T>(to), notes); });
   launched("fetch_rows");
   synchronise();
   if (!gpu_.ok() || notes->are_gone != 0) {

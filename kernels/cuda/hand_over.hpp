@@ -19,7 +19,8 @@
 namespace troupe::kernels::cuda {
 
 /// Raises the number of `block` and copies rows to `offset` of it, dense.
-void launch_leave_rows(cudaStream_t stream, const rows_of_bf16& from, std::uint64_t oldest,
+template <class T>
+void launch_leave_rows(cudaStream_t stream, const rows_of<T>& from, std::uint64_t oldest,
                        void* block, std::size_t offset);
 
 /// What fetching found out, in memory of any kind; both 0 before.
@@ -29,7 +30,8 @@ struct fetch_notes {
 };
 
 /// The same back.
+template <class T>
 void launch_fetch_rows(cudaStream_t stream, const void* block, std::size_t offset,
-                       std::uint64_t ticket, const rows_of_bf16& to, fetch_notes* notes);
+                       std::uint64_t ticket, const rows_of<T>& to, fetch_notes* notes);
 
 } // namespace troupe::kernels::cuda

@@ -14,16 +14,25 @@ namespace troupe::kernels::cuda {
 
 using bf16 = __nv_bfloat16;
 
-/// Rows of bf16.
-struct rows_of_bf16 {
-  bf16* data = nullptr;
+/// Rows of activations: of bf16 or, with exact numerics, of float. What is declared below for T
+/// exists for these two.
+template <class T>
+struct rows_of {
+  T* data = nullptr;
   std::int32_t num_rows = 0;
   std::int32_t num_cols = 0;
   std::int64_t stride = 0;
 };
 
+using rows_of_bf16 = rows_of<bf16>;
+
+template <class T>
+rows_of<T> as_rows(const rows_view& x) {
+  return {static_cast<T*>(x.data), x.num_rows, x.num_cols, x.stride};
+}
+
 inline rows_of_bf16 as_bf16(const rows_view& x) {
-  return {static_cast<bf16*>(x.data), x.num_rows, x.num_cols, x.stride};
+  return as_rows<bf16>(x);
 }
 
 /// Where the rows of a micro-batch stand, in device memory (see batch_view).
@@ -35,12 +44,15 @@ struct device_batch {
 };
 
 /// Pages whose places hold two parts: latent and key, or keys and values.
-struct device_pages {
-  bf16* data = nullptr;
+template <class T>
+struct pages_of {
+  T* data = nullptr;
   std::int32_t page_tokens = 0;
   std::int32_t first_width = 0;
   std::int32_t second_width = 0;
 };
+
+using device_pages = pages_of<bf16>;
 
 // Weights (pack.cu).
 
@@ -56,36 +68,53 @@ void launch_find_scales(cudaStream_t stream, const weight_matrix& from, float* s
 void launch_pack(cudaStream_t stream, const weight_matrix& from, const packed_matrix& to,
                  std::int32_t* found);
 
-/// out[r, c] = the value of a weight in device memory, bf16, dense.
-void launch_expand(cudaStream_t stream, const weight_matrix& from, bf16* out);
+/// out[r, c] = the value of a weight in device memory, rounded to T, dense.
+template <class T>
+void launch_expand(cudaStream_t stream, const weight_matrix& from, T* out);
+
+/// Rounds a weight in device memory to 8 bit, with the scales of launch_find_scales, which it has:
+/// rows of codes, `out_stride` bytes apart.
+void launch_narrow(cudaStream_t stream, const weight_matrix& from, std::int64_t out_stride,
+                   std::int8_t* out);
 
 // Element by element (element.cu).
 
+template <class T>
 void launch_embed(cudaStream_t stream, const weight_matrix& table, const std::int32_t* ids,
-                  std::int32_t num_ids, const rows_of_bf16& out);
-void launch_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const float* weight, float epsilon,
-                     const rows_of_bf16& out);
+                  std::int32_t num_ids, const rows_of<T>& out);
+template <class T>
+void launch_rms_norm(cudaStream_t stream, const rows_of<T>& x, const float* weight, float epsilon,
+                     const rows_of<T>& out);
 /// Pairs are neighbours, or half of rope_dim apart.
-void launch_rope(cudaStream_t stream, const rows_of_bf16& x, std::int32_t num_heads,
+template <class T>
+void launch_rope(cudaStream_t stream, const rows_of<T>& x, std::int32_t num_heads,
                  std::int32_t head_stride, std::int32_t offset, std::int32_t rope_dim,
                  const std::int32_t* positions, const float* inv_freq, float magnitude,
                  bool halves);
-void launch_append(cudaStream_t stream, const rows_of_bf16& first, const rows_of_bf16& second,
-                   const device_batch& batch, const device_pages& pages);
-void launch_swiglu(cudaStream_t stream, const rows_of_bf16& gate, const rows_of_bf16& up,
-                   const rows_of_bf16& out);
-void launch_add(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta);
+template <class T>
+void launch_append(cudaStream_t stream, const rows_of<T>& first, const rows_of<T>& second,
+                   const device_batch& batch, const pages_of<T>& pages);
+template <class T>
+void launch_swiglu(cudaStream_t stream, const rows_of<T>& gate, const rows_of<T>& up,
+                   const rows_of<T>& out);
+template <class T>
+void launch_add(cudaStream_t stream, const rows_of<T>& x, const rows_of<T>& delta);
 /// x += delta, rounded; out = rms_norm(x).
-void launch_add_rms_norm(cudaStream_t stream, const rows_of_bf16& x, const rows_of_bf16& delta,
-                         const float* weight, float epsilon, const rows_of_bf16& out);
-void launch_add_bias(cudaStream_t stream, const rows_of_bf16& x, const float* bias);
-void launch_combine(cudaStream_t stream, const rows_of_bf16& expert_out, const std::int32_t* rows,
-                    const float* weights, std::int32_t top_k, const rows_of_bf16& shared,
-                    const rows_of_bf16& out);
+template <class T>
+void launch_add_rms_norm(cudaStream_t stream, const rows_of<T>& x, const rows_of<T>& delta,
+                         const float* weight, float epsilon, const rows_of<T>& out);
+template <class T>
+void launch_add_bias(cudaStream_t stream, const rows_of<T>& x, const float* bias);
+/// rows: null where row m, choice j has row m * top_k + j of expert_out.
+template <class T>
+void launch_combine(cudaStream_t stream, const rows_of<T>& expert_out, const std::int32_t* rows,
+                    const float* weights, std::int32_t top_k, const rows_of<T>& shared,
+                    const rows_of<T>& out);
 /// Does what no context survives, for drills. `memory`: some that there is, 8 bytes at least.
 void launch_break_down(cudaStream_t stream, breakdown how, void* memory);
 /// Sets *found to 1 where a value is not finite.
-void launch_find_not_finite(cudaStream_t stream, const rows_of_bf16& x, std::int32_t* found);
+template <class T>
+void launch_find_not_finite(cudaStream_t stream, const rows_of<T>& x, std::int32_t* found);
 /// Copies whole pieces of 16 bytes: what the memory can do, for measuring.
 void launch_copy(cudaStream_t stream, const void* from, void* to, std::size_t bytes);
 /// out = x with every group of group_cols columns padded with zeros to padded_cols, dense.
@@ -160,18 +189,21 @@ void launch_linear_i4(cudaStream_t stream, const linear_args& args,
 
 // Attention (attention.cu).
 
-void launch_latent_attention(cudaStream_t stream, const rows_of_bf16& q_latent,
-                             const rows_of_bf16& q_rope, std::int32_t q_rope_head_stride,
+template <class T>
+void launch_latent_attention(cudaStream_t stream, const rows_of<T>& q_latent,
+                             const rows_of<T>& q_rope, std::int32_t q_rope_head_stride,
                              std::int32_t num_heads, float scale, const device_batch& batch,
-                             const device_pages& pages, const rows_of_bf16& out, bool is_hopper);
-void launch_grouped_attention(cudaStream_t stream, const rows_of_bf16& q, std::int32_t num_heads,
+                             const pages_of<T>& pages, const rows_of<T>& out, bool is_hopper);
+template <class T>
+void launch_grouped_attention(cudaStream_t stream, const rows_of<T>& q, std::int32_t num_heads,
                               std::int32_t num_kv_heads, float scale, const device_batch& batch,
-                              const device_pages& pages, const rows_of_bf16& out);
+                              const pages_of<T>& pages, const rows_of<T>& out);
 
 // Routing and sampling (router.cu, sampler.cu, draw.cu).
 
 /// logits[m, e] = x[m] . w[e], one warp each.
-void launch_router_logits(cudaStream_t stream, const rows_of_bf16& x, const weight_matrix& w,
+template <class T>
+void launch_router_logits(cudaStream_t stream, const rows_of<T>& x, const weight_matrix& w,
                           float* logits);
 void launch_choose_experts(cudaStream_t stream, const float* logits, std::int32_t num_rows,
                            const float* bias, const router_params& params, std::int32_t* experts,

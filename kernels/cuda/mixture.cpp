@@ -92,29 +92,42 @@ const cuda_ops::expert_table* cuda_ops::find_experts(std::span<const expert_weig
     return nullptr;
   }
   auto table = std::make_unique<expert_table>();
-  table->gate = packed(experts.front().gate);
-  table->down = packed(experts.front().down);
+  for (const auto& one : experts) {
+    table->experts.push_back({one.gate.packed, one.up.packed, one.down.packed});
+  }
+  const bool is_whole =
+    is_exact() ? make_exact_table(experts, *table) : make_table(experts, *table);
+  if (!is_whole) {
+    return nullptr;
+  }
+  expert_tables_.push_back(std::move(table));
+  return expert_tables_.back()->memory == nullptr ? nullptr : expert_tables_.back().get();
+}
+
+/// False without memory for it.
+bool cuda_ops::make_table(std::span<const expert_weights> experts, expert_table& table) {
+  table.gate = packed(experts.front().gate);
+  table.down = packed(experts.front().down);
   std::vector<expert_parts> parts;
   bool of_one_shape = true;
   for (const auto& one : experts) {
     const auto& gate = packed(one.gate);
     const auto& up = packed(one.up);
     const auto& down = packed(one.down);
-    of_one_shape = of_one_shape && same_shape(gate, table->gate) && same_shape(up, table->gate)
-                   && same_shape(down, table->down);
-    table->experts.push_back({&gate, &up, &down});
+    of_one_shape = of_one_shape && same_shape(gate, table.gate) && same_shape(up, table.gate)
+                   && same_shape(down, table.down);
     parts.push_back({part_of(gate), part_of(up), part_of(down)});
   }
-  if (of_one_shape) {
-    const auto bytes = parts.size() * sizeof(expert_parts);
-    table->memory = pool_.take(bytes);
-    if (table->memory == nullptr) {
-      return nullptr;
-    }
-    ring_.put_into(table->memory.get(), parts.data(), bytes);
+  return !of_one_shape || upload_table(parts.data(), parts.size() * sizeof(expert_parts), table);
+}
+
+bool cuda_ops::upload_table(const void* parts, std::size_t bytes, expert_table& table) {
+  table.memory = pool_.take(bytes);
+  if (table.memory == nullptr) {
+    return false;
   }
-  expert_tables_.push_back(std::move(table));
-  return of_one_shape ? expert_tables_.back().get() : nullptr;
+  ring_.put_into(table.memory.get(), parts, bytes);
+  return true;
 }
 
 bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const router_params& params,
@@ -127,6 +140,9 @@ bool cuda_ops::mixture(const rows_view& x, const mixture_weights& w, const route
     return false;
   }
   const trace range("experts");
+  if (is_exact()) {
+    return mix_exactly(x, w, params, scratch, out);
+  }
   const auto* table = find_experts(w.experts);
   if (table == nullptr) {
     return false;

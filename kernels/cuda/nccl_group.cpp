@@ -72,7 +72,7 @@ nccl_group::~nccl_group() {
 }
 
 bool nccl_group::take_memory(std::int32_t max_rows, std::int32_t num_cols, std::string& error) {
-  const std::int64_t row = pieces_per_row(num_cols);
+  const std::int64_t row = pieces_per_row<bf16>(num_cols);
   most_ = static_cast<std::uint32_t>(std::max(std::min(row * max_rows, kMostPieces), row));
   // What is gathered, or what is sent and what is received of pieces that are shared out.
   const std::int64_t pieces = std::max<std::int64_t>(
@@ -107,7 +107,7 @@ bool nccl_group::take_memory(std::int32_t max_rows, std::int32_t num_cols, std::
 
 /// A sum of few rows, and one of many.
 bool nccl_group::rehearse(std::int32_t num_cols, milliseconds patience, std::string& error) {
-  const auto most_rows = static_cast<std::int32_t>(most_ / pieces_per_row(num_cols));
+  const auto most_rows = static_cast<std::int32_t>(most_ / pieces_per_row<bf16>(num_cols));
   const auto num_rows = size() > 2 ? std::min<std::int32_t>(
                           most_rows, static_cast<std::int32_t>(kMostGathered) * 8 / num_cols + 1)
                                    : 1;
@@ -124,7 +124,7 @@ bool nccl_group::rehearse(std::int32_t num_cols, milliseconds patience, std::str
                            "cudaStreamCreate", errors[rank]);
     if (ok) {
       for (const auto count : {1, num_rows}) {
-        add_up(stream, rank, {static_cast<bf16*>(memory), count, num_cols, num_cols});
+        add_up(stream, rank, rows_of_bf16{static_cast<bf16*>(memory), count, num_cols, num_cols});
       }
       auto status = cudaStreamQuery(stream);
       while (status == cudaErrorNotReady && !has_failed(rank) && steady_clock::now() < until) {
@@ -154,11 +154,20 @@ bool nccl_group::rehearse(std::int32_t num_cols, milliseconds patience, std::str
   return error.empty();
 }
 
-bool nccl_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x) {
+bool nccl_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of<bf16>& x) {
+  return add_up_rows(stream, rank, x);
+}
+
+bool nccl_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of<float>& x) {
+  return add_up_rows(stream, rank, x);
+}
+
+template <class T>
+bool nccl_group::add_up_rows(cudaStream_t stream, std::int32_t rank, const rows_of<T>& x) {
   if (x.num_rows == 0 || x.num_cols == 0) {
     return true;
   }
-  const auto row = pieces_per_row(x.num_cols);
+  const auto row = pieces_per_row<T>(x.num_cols);
   const auto rows_at_once =
     static_cast<std::int32_t>(std::min<std::int64_t>(most_ / row, x.num_rows));
   if (rows_at_once == 0) {
@@ -175,7 +184,8 @@ bool nccl_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf
   return true;
 }
 
-void nccl_group::gather(cudaStream_t stream, std::int32_t rank, const pieces_of_rows& x) {
+template <class T>
+void nccl_group::gather(cudaStream_t stream, std::int32_t rank, const pieces_of_rows<T>& x) {
   const auto& memory = memory_[rank];
   launch_collect(stream, x, memory.pieces + std::size_t{x.count} * rank, memory);
   if (communicators_->all_gather(rank, memory.pieces, x.count * sizeof(uint4), stream)) {
@@ -183,7 +193,8 @@ void nccl_group::gather(cudaStream_t stream, std::int32_t rank, const pieces_of_
   }
 }
 
-void nccl_group::share_out(cudaStream_t stream, std::int32_t rank, const pieces_of_rows& x) {
+template <class T>
+void nccl_group::share_out(cudaStream_t stream, std::int32_t rank, const pieces_of_rows<T>& x) {
   const auto& memory = memory_[rank];
   const auto share = share_of(x.count, size());
   const auto bytes = share * sizeof(uint4);
@@ -193,7 +204,7 @@ void nccl_group::share_out(cudaStream_t stream, std::int32_t rank, const pieces_
   if (!communicators_->all_to_all(rank, mine, others, bytes, stream)) {
     return;
   }
-  launch_add_share(stream, mine + std::size_t{share} * rank, others, size(), rank, share);
+  launch_add_share<T>(stream, mine + std::size_t{share} * rank, others, size(), rank, share);
   if (communicators_->all_gather(rank, mine, bytes, stream)) {
     launch_hand_back(stream, mine, x, memory);
   }

@@ -36,12 +36,13 @@ __device__ float scaled_value(const weight_matrix& w, std::int32_t row, std::int
   return w.scales == nullptr ? value : value * w.scales[index];
 }
 
-__global__ void expand(weight_matrix w, bf16* out) {
+template <class T>
+__global__ void expand(weight_matrix w, T* out) {
   const auto count = std::int64_t{w.num_rows} * w.num_cols;
   for (auto i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += std::int64_t{gridDim.x} * blockDim.x) {
-    out[i] = __float2bfloat16_rn(scaled_value(w, static_cast<std::int32_t>(i / w.num_cols),
-                                              static_cast<std::int32_t>(i % w.num_cols)));
+    store(out + i, scaled_value(w, static_cast<std::int32_t>(i / w.num_cols),
+                                static_cast<std::int32_t>(i % w.num_cols)));
   }
 }
 
@@ -55,6 +56,16 @@ __device__ std::uint8_t byte_of(const weight_matrix& w, std::int32_t row, std::i
   }
   const auto group = std::int64_t{row} * ceil_div(w.num_cols, kNarrowGroup) + col / kNarrowGroup;
   return static_cast<std::uint8_t>(narrow_code(raw_value(w, row, col), w.scales[group]));
+}
+
+__global__ void narrow(weight_matrix w, std::int64_t out_stride, std::int8_t* out) {
+  const auto count = std::int64_t{w.num_rows} * w.num_cols;
+  for (auto i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += std::int64_t{gridDim.x} * blockDim.x) {
+    const auto row = static_cast<std::int32_t>(i / w.num_cols);
+    const auto col = static_cast<std::int32_t>(i % w.num_cols);
+    out[row * out_stride + col] = static_cast<std::int8_t>(byte_of(w, row, col));
+  }
 }
 
 /// A warp makes the scale of one group.
@@ -200,8 +211,17 @@ void launch_find_scales(cudaStream_t stream, const weight_matrix& from, float* s
   find_scales<<<blocks, kThreads, 0, stream>>>(from, scales);
 }
 
-void launch_expand(cudaStream_t stream, const weight_matrix& from, bf16* out) {
+template <class T>
+void launch_expand(cudaStream_t stream, const weight_matrix& from, T* out) {
   expand<<<1024, kThreads, 0, stream>>>(from, out);
+}
+
+template void launch_expand(cudaStream_t, const weight_matrix&, bf16*);
+template void launch_expand(cudaStream_t, const weight_matrix&, float*);
+
+void launch_narrow(cudaStream_t stream, const weight_matrix& from, std::int64_t out_stride,
+                   std::int8_t* out) {
+  narrow<<<1024, kThreads, 0, stream>>>(from, out_stride, out);
 }
 
 } // namespace troupe::kernels::cuda

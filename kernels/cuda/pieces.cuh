@@ -7,36 +7,38 @@
 
 namespace troupe::kernels::cuda {
 
-template <bool kWhole>
-__device__ inline uint4 load_piece(const pieces_of_rows& x, std::uint32_t piece) {
+template <bool kWhole, class T>
+__device__ inline uint4 load_piece(const pieces_of_rows<T>& x, std::uint32_t piece) {
+  constexpr auto kPiece = pieces_of_rows<T>::kPiece;
   const std::uint32_t row = piece / x.per_row;
-  const std::uint32_t col = (piece - row * x.per_row) * 8;
-  const bf16* at = x.data + row * x.stride + col;
+  const std::uint32_t col = (piece - row * x.per_row) * kPiece;
+  const T* at = x.data + row * x.stride + col;
   if constexpr (kWhole) {
     return *reinterpret_cast<const uint4*>(at);
   } else {
-    alignas(16) bf16 values[8];
+    alignas(16) T values[kPiece];
 #pragma unroll
-    for (std::uint32_t i = 0; i < 8; ++i) {
-      values[i] = col + i < x.num_cols ? at[i] : bf16(0.0F);
+    for (std::uint32_t i = 0; i < kPiece; ++i) {
+      values[i] = col + i < x.num_cols ? at[i] : T(0.0F);
     }
     return *reinterpret_cast<const uint4*>(values);
   }
 }
 
-template <bool kWhole>
-__device__ inline void store_piece(const pieces_of_rows& x, std::uint32_t piece,
+template <bool kWhole, class T>
+__device__ inline void store_piece(const pieces_of_rows<T>& x, std::uint32_t piece,
                                    const uint4& value) {
+  constexpr auto kPiece = pieces_of_rows<T>::kPiece;
   const std::uint32_t row = piece / x.per_row;
-  const std::uint32_t col = (piece - row * x.per_row) * 8;
-  bf16* at = x.data + row * x.stride + col;
+  const std::uint32_t col = (piece - row * x.per_row) * kPiece;
+  T* at = x.data + row * x.stride + col;
   if constexpr (kWhole) {
     *reinterpret_cast<uint4*>(at) = value;
   } else {
-    alignas(16) bf16 values[8];
+    alignas(16) T values[kPiece];
     *reinterpret_cast<uint4*>(values) = value;
 #pragma unroll
-    for (std::uint32_t i = 0; i < 8; ++i) {
+    for (std::uint32_t i = 0; i < kPiece; ++i) {
       if (col + i < x.num_cols) {
         at[i] = values[i];
       }
@@ -52,8 +54,12 @@ __device__ inline uint4 choose(bool first, uint4 a, uint4 b) {
   return b;
 }
 
-/// Eight sums.
-class piece_sum {
+/// The sums of the elements of a piece.
+template <class T>
+class piece_sum;
+
+template <>
+class piece_sum<bf16> {
 public:
   __device__ explicit piece_sum(const uint4& first) {
     const std::uint32_t words[4] = {first.x, first.y, first.z, first.w};
@@ -91,6 +97,32 @@ private:
   }
 
   float values_[8];
+};
+
+template <>
+class piece_sum<float> {
+public:
+  __device__ explicit piece_sum(const uint4& first) {
+    values_[0] = __uint_as_float(first.x);
+    values_[1] = __uint_as_float(first.y);
+    values_[2] = __uint_as_float(first.z);
+    values_[3] = __uint_as_float(first.w);
+  }
+
+  __device__ void add(const uint4& next) {
+    values_[0] += __uint_as_float(next.x);
+    values_[1] += __uint_as_float(next.y);
+    values_[2] += __uint_as_float(next.z);
+    values_[3] += __uint_as_float(next.w);
+  }
+
+  __device__ uint4 rounded() const {
+    return {__float_as_uint(values_[0]), __float_as_uint(values_[1]), __float_as_uint(values_[2]),
+            __float_as_uint(values_[3])};
+  }
+
+private:
+  float values_[4];
 };
 
 } // namespace troupe::kernels::cuda

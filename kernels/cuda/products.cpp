@@ -99,8 +99,8 @@ std::shared_ptr<void> cuda_ops::place_scales(const weight_matrix& weight) {
 
 /// Brings a weight to the device some rows at a time, as it is stored, so that little room is
 /// needed, and hands them on: use(rows, number of the first).
-template <class Use>
-void cuda_ops::stage(const weight_matrix& weight, const weight_matrix& on_device, const Use& use) {
+void cuda_ops::stage(const weight_matrix& weight, const weight_matrix& on_device,
+                     const std::function<void(weight_matrix rows, std::int32_t first)>& use) {
   const auto step = staged_rows(weight);
   const auto width = row_bytes(weight.type, weight.num_cols);
   for (std::int32_t first = 0; first < weight.num_rows; first += step) {
@@ -133,10 +133,13 @@ void cuda_ops::stage(const weight_matrix& weight, const weight_matrix& on_device
 weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_matrix& on_device) {
   auto placed = std::make_unique<placed_weight>();
   const auto count = static_cast<std::size_t>(weight.num_rows) * weight.num_cols;
-  const bool keeps_type = weight.type == element_type::f32 && weight.scales == nullptr;
+  const bool is_plain = !is_scaled(weight) && weight.zeros == nullptr;
+  const bool keeps_type = weight.type == element_type::f32 && is_plain;
+  // What bf16 does not hold is rounded to it, or not at all.
+  const bool is_bf16 = weight.type == element_type::bf16 && is_plain;
   weight_matrix result = weight;
   result.recipe = nullptr;
-  result.type = keeps_type ? element_type::f32 : element_type::bf16;
+  result.type = keeps_type || (is_exact() && !is_bf16) ? element_type::f32 : element_type::bf16;
   result.scales = nullptr;
   result.zeros = nullptr;
   placed->data = take_weight(count * size_of(result.type));
@@ -152,7 +155,11 @@ weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_mat
         gpu_.check(cudaMemcpyAsync(to, rows.data, bytes, cudaMemcpyDeviceToDevice, stream_),
                    "copy of a weight");
       } else {
-        launch_expand(stream_, rows, reinterpret_cast<bf16*>(to));
+        if (result.type == element_type::f32) {
+          launch_expand(stream_, rows, reinterpret_cast<float*>(to));
+        } else {
+          launch_expand(stream_, rows, reinterpret_cast<bf16*>(to));
+        }
         launched("expansion of a weight");
       }
     });
@@ -162,23 +169,29 @@ weight_matrix cuda_ops::place_rows(const weight_matrix& weight, const weight_mat
   return result;
 }
 
-/// Where it is noted whether a product weight holds NaN, beside the weights themselves: a successor
-/// packs as its predecessor did.
-std::int32_t* cuda_ops::next_nan_note() {
+/// Where it is noted how a product weight was packed, beside the weights themselves: a successor
+/// packs as its predecessor did. With exact numerics the note is the type of its elements,
+/// otherwise whether it holds NaN.
+std::int32_t* cuda_ops::next_note() {
   if (num_products_ % kNotes == 0) {
-    nan_table_ = take_weight(kNotes * sizeof(std::int32_t));
-    if (nan_table_ == nullptr) {
+    notes_ = take_weight(kNotes * sizeof(std::int32_t));
+    if (notes_ == nullptr) {
       return nullptr;
     }
     if (weights_are_there_) {
-      known_nans_.resize(kNotes);
-      gpu_.check(cudaMemcpyAsync(known_nans_.data(), nan_table_.get(),
-                                 kNotes * sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
+      known_notes_.resize(kNotes);
+      gpu_.check(cudaMemcpyAsync(known_notes_.data(), notes_.get(), kNotes * sizeof(std::int32_t),
+                                 cudaMemcpyDeviceToHost, stream_),
                  "copy of notes");
       synchronise();
     }
   }
-  return static_cast<std::int32_t*>(nan_table_.get()) + num_products_++ % kNotes;
+  return static_cast<std::int32_t*>(notes_.get()) + num_products_++ % kNotes;
+}
+
+/// What a predecessor has noted there.
+std::int32_t cuda_ops::known_note(const std::int32_t* note) const {
+  return known_notes_[note - static_cast<const std::int32_t*>(notes_.get())];
 }
 
 /// Packs a weight. False if it holds NaN, which only bf16 can say; the note then says so too.
@@ -187,7 +200,7 @@ bool cuda_ops::pack(const weight_matrix& weight, const weight_matrix& on_device,
   const bool is_bf16 = to.type == packed_type::bf16;
   const bool narrows = to.type == packed_type::i8 && weight.type != element_type::i8;
   if (weights_are_there_) {
-    return is_bf16 || known_nans_[note - static_cast<std::int32_t*>(nan_table_.get())] == 0;
+    return is_bf16 || known_note(note) == 0;
   }
   auto* found = is_bf16 ? static_cast<std::int32_t*>(flag_.get()) : note;
   std::int32_t has_nan = 0;
@@ -233,6 +246,9 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
     synchronise(); // scales go away with `placed`
     return result;
   }
+  if (is_exact()) {
+    return place_exact(weight, on_device, use, std::move(placed));
+  }
   auto shape = on_device;
   if (is_narrowed(weight, use)) {
     shape = narrowed_shape(weight);
@@ -243,7 +259,7 @@ weight_matrix cuda_ops::place(const weight_matrix& weight, weight_use use) {
   auto& packed = placed->packed;
   choose_packing(shape, packed);
   packed.scales = shape.scales;
-  auto* note = next_nan_note();
+  auto* note = next_note();
   if (note == nullptr) {
     return result;
   }
@@ -340,6 +356,10 @@ void cuda_ops::multiply_rows(const rows_view& x, std::int32_t x_step, const weig
   if (!begin(x.num_rows)) {
     return;
   }
+  if (is_exact()) {
+    multiply_exact(x, x_step, w, num_jobs, out, out_step);
+    return;
+  }
   linear_args args;
   args.w = packed(w);
   assert(args.w.num_rows % num_jobs == 0);
@@ -371,7 +391,7 @@ void cuda_ops::logits(const rows_view& x, const weight_matrix& w, const rows_vie
 
 /// Two products of few rows, each too small to keep a GPU busy, in one launch.
 void cuda_ops::linears(const rows_view& x, std::span<const linear_part> parts) {
-  const bool is_pair = parts.size() == 2 && x.num_rows <= kFewRows
+  const bool is_pair = !is_exact() && parts.size() == 2 && x.num_rows <= kFewRows
                        && same_layout(packed(parts[0].w), packed(parts[1].w));
   if (!is_pair) {
     for (const auto& part : parts) {
@@ -403,7 +423,7 @@ void cuda_ops::linears(const rows_view& x, std::span<const linear_part> parts) {
 
 void cuda_ops::mlp(const rows_view& x, const expert_weights& w, const rows_view& gate,
                    const rows_view& up, const rows_view& out) {
-  if (x.num_rows > kGatedRows || !same_shape(packed(w.gate), packed(w.up))) {
+  if (is_exact() || x.num_rows > kGatedRows || !same_shape(packed(w.gate), packed(w.up))) {
     ops::mlp(x, w, gate, up, out);
     return;
   }
@@ -449,7 +469,7 @@ void cuda_ops::find_runs(std::span<const expert_task> tasks) {
     run.expert = tasks[first].expert;
     run.first_task = static_cast<std::int32_t>(first);
     run.num_tasks = static_cast<std::int32_t>(last - first);
-    if (gpu_.is_hopper() && run.num_tasks >= kWideFrom) {
+    if (!is_exact() && gpu_.is_hopper() && run.num_tasks >= kWideFrom) {
       run.first_group = static_cast<std::int32_t>(slots_.size() / 8);
       for (auto task = first; task < last; ++task) {
         slots_.push_back(tasks[task].row);
@@ -522,6 +542,10 @@ void cuda_ops::experts(const rows_view& x, std::span<const expert_task> tasks,
     return;
   }
   const trace range("experts");
+  if (is_exact()) {
+    compute_experts_exactly(x, tasks, experts, out);
+    return;
+  }
   task_rows_.clear();
   std::int32_t widest = 0;
   for (const auto& task : tasks) {

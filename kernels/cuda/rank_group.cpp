@@ -71,7 +71,7 @@ std::shared_ptr<rank_group> rank_group::make(std::span<const std::int32_t> devic
 
   auto& layout = result->layout_;
   layout.num_ranks = num_ranks;
-  const std::int64_t row = (std::int64_t{num_cols} + 7) / 8;
+  const std::int64_t row = pieces_per_row<bf16>(num_cols);
   const std::int64_t most = std::max(std::min(row * max_rows, kMostPieces), row);
   layout.most_many = static_cast<std::uint32_t>(most);
   layout.most_few =
@@ -86,12 +86,13 @@ std::shared_ptr<rank_group> rank_group::make(std::span<const std::int32_t> devic
   return result;
 }
 
-bool rank_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x,
+template <class T>
+bool rank_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of<T>& x,
                         exchange_way way) const {
   if (size() == 1 || x.num_rows == 0 || x.num_cols == 0) {
     return true;
   }
-  const auto row = pieces_per_row(x.num_cols);
+  const auto row = pieces_per_row<T>(x.num_cols);
   const auto rows_at_once =
     static_cast<std::int32_t>(std::min<std::int64_t>(layout_.most_many / row, x.num_rows));
   if (rows_at_once == 0) {
@@ -120,6 +121,11 @@ bool rank_group::add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf
   }
   return true;
 }
+
+template bool rank_group::add_up(cudaStream_t, std::int32_t, const rows_of<bf16>&,
+                                 exchange_way) const;
+template bool rank_group::add_up(cudaStream_t, std::int32_t, const rows_of<float>&,
+                                 exchange_way) const;
 
 std::uint32_t rank_group::read_note(std::int32_t rank) const {
   return std::atomic_ref(notes_.get()[rank]).load(std::memory_order_acquire);

@@ -133,9 +133,9 @@ __device__ bool is_there(uint4 first, uint4 second, std::uint32_t sequence) {
   return first.y == sequence && first.w == sequence && second.y == sequence && second.w == sequence;
 }
 
-template <int kRanks, bool kWhole>
+template <class T, int kRanks, bool kWhole>
 __global__ void __launch_bounds__(kFewThreads)
-  add_few(const __grid_constant__ rank_view group, const __grid_constant__ pieces_of_rows x) {
+  add_few(const __grid_constant__ rank_view group, const __grid_constant__ pieces_of_rows<T> x) {
   const std::uint32_t piece = blockIdx.x * kFewThreads + threadIdx.x;
   const bool has_piece = piece < x.count;
   const call now = this_call(group);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kFewThreads)
     return choose(rank == group.rank, own,
                   {first[rank].x, first[rank].z, second[rank].x, second[rank].z});
   };
-  piece_sum sum(part(0));
+  piece_sum<T> sum(part(0));
 #pragma unroll
   for (int rank = 1; rank < kRanks; ++rank) {
     if (rank < group.layout.num_ranks) {
@@ -218,9 +218,9 @@ __device__ void for_pieces(std::uint32_t chunk, std::uint32_t count, const Each&
 }
 
 /// Two ranks.
-template <int kPieces, bool kWhole>
+template <class T, int kPieces, bool kWhole>
 __global__ void __launch_bounds__(kManyThreads, 2)
-  add_both(const __grid_constant__ rank_view group, const __grid_constant__ pieces_of_rows x) {
+  add_both(const __grid_constant__ rank_view group, const __grid_constant__ pieces_of_rows<T> x) {
   const call now = this_call(group);
   const std::int32_t peer = 1 - group.rank;
   const std::uint32_t num_chunks =
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kManyThreads, 2)
       other[i] = __ldcg(incoming + piece);
     });
     for_pieces<kPieces>(chunk, x.count, [&](auto i, auto piece, auto) {
-      piece_sum sum(own[i]); // the order of two does not matter
+      piece_sum<T> sum(own[i]); // the order of two does not matter
       sum.add(other[i]);
       store_piece<kWhole>(x, piece, sum.rounded());
     });
@@ -285,9 +285,9 @@ __global__ void __launch_bounds__(kManyThreads, 2)
 }
 
 /// More than two ranks. Of num_ranks neighbouring chunks, a set, each rank adds up one.
-template <int kRanks, int kPieces, bool kWhole>
+template <class T, int kRanks, int kPieces, bool kWhole>
 __global__ void __launch_bounds__(kManyThreads, 2)
-  add_shares(const __grid_constant__ rank_view group, const __grid_constant__ pieces_of_rows x) {
+  add_shares(const __grid_constant__ rank_view group, const __grid_constant__ pieces_of_rows<T> x) {
   constexpr std::uint32_t kChunk = kPieces * kManyThreads;
   const call now = this_call(group);
   const std::uint32_t num_ranks = group.layout.num_ranks;
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kManyThreads, 2)
           parts[rank] = __ldcg(from + std::size_t{set} * kChunk + offset);
         }
       }
-      piece_sum sum(choose(group.rank == 0, own, parts[0]));
+      piece_sum<T> sum(choose(group.rank == 0, own, parts[0]));
 #pragma unroll
       for (int rank = 1; rank < kRanks; ++rank) {
         if (rank < group.layout.num_ranks) {
@@ -405,35 +405,58 @@ __global__ void __launch_bounds__(kManyThreads, 2)
   }
 }
 
-using exchange_kernel = void (*)(rank_view, pieces_of_rows);
+template <class T>
+using exchange_kernel = void (*)(rank_view, pieces_of_rows<T>);
 
-exchange_kernel few_kernel(std::int32_t num_ranks, bool whole) {
+template <class T>
+exchange_kernel<T> few_kernel(std::int32_t num_ranks, bool whole) {
   if (num_ranks == 2) {
-    return whole ? add_few<2, true> : add_few<2, false>;
+    return whole ? add_few<T, 2, true> : add_few<T, 2, false>;
   }
   if (num_ranks <= 4) {
-    return whole ? add_few<4, true> : add_few<4, false>;
+    return whole ? add_few<T, 4, true> : add_few<T, 4, false>;
   }
-  return whole ? add_few<8, true> : add_few<8, false>;
+  return whole ? add_few<T, 8, true> : add_few<T, 8, false>;
 }
 
-exchange_kernel many_kernel(std::int32_t num_ranks, bool large, bool whole) {
+template <class T>
+exchange_kernel<T> many_kernel(std::int32_t num_ranks, bool large, bool whole) {
   if (num_ranks == 2 && large) {
-    return whole ? add_both<2, true> : add_both<2, false>;
+    return whole ? add_both<T, 2, true> : add_both<T, 2, false>;
   }
   if (num_ranks == 2) {
-    return whole ? add_both<1, true> : add_both<1, false>;
+    return whole ? add_both<T, 1, true> : add_both<T, 1, false>;
   }
   if (num_ranks <= 4 && large) {
-    return whole ? add_shares<4, 2, true> : add_shares<4, 2, false>;
+    return whole ? add_shares<T, 4, 2, true> : add_shares<T, 4, 2, false>;
   }
   if (num_ranks <= 4) {
-    return whole ? add_shares<4, 1, true> : add_shares<4, 1, false>;
+    return whole ? add_shares<T, 4, 1, true> : add_shares<T, 4, 1, false>;
   }
   if (large) {
-    return whole ? add_shares<8, 2, true> : add_shares<8, 2, false>;
+    return whole ? add_shares<T, 8, 2, true> : add_shares<T, 8, 2, false>;
   }
-  return whole ? add_shares<8, 1, true> : add_shares<8, 1, false>;
+  return whole ? add_shares<T, 8, 1, true> : add_shares<T, 8, 1, false>;
+}
+
+/// What load_exchange does, of one type of elements.
+template <class T>
+cudaError_t load_kernels(std::int32_t num_ranks, std::int32_t& few_blocks,
+                         std::int32_t& many_blocks) {
+  auto status = cudaSuccess;
+  const auto ask = [&](exchange_kernel<T> kernel, std::int32_t threads, std::int32_t& least) {
+    int blocks = 0;
+    const auto result = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+    status = status == cudaSuccess ? result : status;
+    least = std::min(least, static_cast<std::int32_t>(blocks));
+  };
+  for (const bool whole : {true, false}) {
+    ask(few_kernel<T>(num_ranks, whole), kFewThreads, few_blocks);
+    for (const bool large : {true, false}) {
+      ask(many_kernel<T>(num_ranks, large, whole), kManyThreads, many_blocks);
+    }
+  }
+  return status;
 }
 
 } // namespace
@@ -441,28 +464,18 @@ exchange_kernel many_kernel(std::int32_t num_ranks, bool large, bool whole) {
 cudaError_t load_exchange(std::int32_t num_ranks, std::int32_t& few_blocks,
                           std::int32_t& many_blocks) {
   few_blocks = many_blocks = 1 << 20;
-  auto status = cudaSuccess;
-  const auto ask = [&](exchange_kernel kernel, std::int32_t threads, std::int32_t& least) {
-    int blocks = 0;
-    const auto result = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
-    status = status == cudaSuccess ? result : status;
-    least = std::min(least, static_cast<std::int32_t>(blocks));
-  };
-  for (const bool whole : {true, false}) {
-    ask(few_kernel(num_ranks, whole), kFewThreads, few_blocks);
-    for (const bool large : {true, false}) {
-      ask(many_kernel(num_ranks, large, whole), kManyThreads, many_blocks);
-    }
-  }
-  return status;
+  const auto status = load_kernels<bf16>(num_ranks, few_blocks, many_blocks);
+  return status == cudaSuccess ? load_kernels<float>(num_ranks, few_blocks, many_blocks) : status;
 }
 
-void launch_few(cudaStream_t stream, const rank_view& group, const pieces_of_rows& x) {
+template <class T>
+void launch_few(cudaStream_t stream, const rank_view& group, const pieces_of_rows<T>& x) {
   const auto blocks = (x.count + kFewThreads - 1) / kFewThreads;
-  few_kernel(group.layout.num_ranks, x.whole)<<<blocks, kFewThreads, 0, stream>>>(group, x);
+  few_kernel<T>(group.layout.num_ranks, x.whole)<<<blocks, kFewThreads, 0, stream>>>(group, x);
 }
 
-void launch_many(cudaStream_t stream, const rank_view& group, const pieces_of_rows& x,
+template <class T>
+void launch_many(cudaStream_t stream, const rank_view& group, const pieces_of_rows<T>& x,
                  std::int32_t most_blocks) {
   const auto num_ranks = static_cast<std::uint32_t>(group.layout.num_ranks);
   const auto most = static_cast<std::uint32_t>(most_blocks);
@@ -474,7 +487,14 @@ void launch_many(cudaStream_t stream, const rank_view& group, const pieces_of_ro
   const bool large = jobs(exchange_layout::kLargeChunk) >= most / 2;
   const auto blocks =
     std::min(jobs(large ? exchange_layout::kLargeChunk : exchange_layout::kSmallChunk), most);
-  many_kernel(num_ranks, large, x.whole)<<<blocks, kManyThreads, 0, stream>>>(group, x);
+  many_kernel<T>(num_ranks, large, x.whole)<<<blocks, kManyThreads, 0, stream>>>(group, x);
 }
+
+template void launch_few(cudaStream_t, const rank_view&, const pieces_of_rows<bf16>&);
+template void launch_many(cudaStream_t, const rank_view&, const pieces_of_rows<bf16>&,
+                          std::int32_t);
+template void launch_few(cudaStream_t, const rank_view&, const pieces_of_rows<float>&);
+template void launch_many(cudaStream_t, const rank_view&, const pieces_of_rows<float>&,
+                          std::int32_t);
 
 } // namespace troupe::kernels::cuda

@@ -15,7 +15,7 @@
 namespace troupe::kernels::cuda {
 
 /// How parts reach the other ranks. Every element is the float32 sum of its parts in order of
-/// ranks, rounded once, so all ways give the same bits.
+/// ranks, rounded once where elements are shorter, so all ways give the same bits.
 enum class exchange_way : std::uint8_t {
   best,
   /// Every rank writes its rows to every other, each 8 bytes with a number that says of which call
@@ -92,6 +92,7 @@ struct rank_view {
 /// A group that exchanges rows by peer memory.
 class rank_group final : public summing_group {
 public:
+  /// num_cols counts elements of 16 bit; those of 32 bit count twice.
   static std::shared_ptr<rank_group> make(std::span<const std::int32_t> devices,
                                           std::int32_t max_rows, std::int32_t num_cols,
                                           std::chrono::milliseconds deadline, std::string& error);
@@ -100,11 +101,14 @@ public:
   sum_transport transport() const override { return sum_transport::peer; }
   std::int32_t device(std::int32_t rank) const override { return devices_[rank]; }
 
-  bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x) override {
+  bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of<bf16>& x) override {
     return add_up(stream, rank, x, exchange_way::best);
   }
-  bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x,
-              exchange_way way) const;
+  bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of<float>& x) override {
+    return add_up(stream, rank, x, exchange_way::best);
+  }
+  template <class T>
+  bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of<T>& x, exchange_way way) const;
 
   /// Whether a kernel of this rank has waited in vain.
   bool has_failed(std::int32_t rank) const override { return read_note(rank) != 0; }
@@ -135,8 +139,10 @@ cudaError_t load_exchange(std::int32_t num_ranks, std::int32_t& few_blocks,
                           std::int32_t& many_blocks);
 
 /// A call of one rank. All ranks make it with the same number of pieces, in the same way.
-void launch_few(cudaStream_t stream, const rank_view& group, const pieces_of_rows& x);
-void launch_many(cudaStream_t stream, const rank_view& group, const pieces_of_rows& x,
+template <class T>
+void launch_few(cudaStream_t stream, const rank_view& group, const pieces_of_rows<T>& x);
+template <class T>
+void launch_many(cudaStream_t stream, const rank_view& group, const pieces_of_rows<T>& x,
                  std::int32_t most_blocks);
 
 } // namespace troupe::kernels::cuda

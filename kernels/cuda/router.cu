@@ -10,7 +10,8 @@ constexpr int kWarps = 8;
 constexpr int kRows = 4;
 
 /// One warp an expert.
-__global__ void find_logits(rows_of_bf16 x, const void* w, bool is_float, bool is_aligned,
+template <class T>
+__global__ void find_logits(rows_of<T> x, const void* w, bool is_float, bool is_aligned,
                             std::int32_t num_experts, float* out) {
   follow();
   const auto first = static_cast<std::int32_t>(blockIdx.y * kRows);
@@ -18,7 +19,7 @@ __global__ void find_logits(rows_of_bf16 x, const void* w, bool is_float, bool i
   if (expert >= num_experts) {
     return;
   }
-  const bf16* from[kRows];
+  const T* from[kRows];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     from[row] = x.data + std::int64_t{min(first + row, x.num_rows - 1)} * x.stride;
@@ -48,10 +49,11 @@ __global__ void __launch_bounds__(32)
 
 } // namespace
 
-void launch_router_logits(cudaStream_t stream, const rows_of_bf16& x, const weight_matrix& w,
+template <class T>
+void launch_router_logits(cudaStream_t stream, const rows_of<T>& x, const weight_matrix& w,
                           float* logits) {
   const dim3 grid(ceil_div(w.num_rows, kWarps), ceil_div(x.num_rows, kRows));
-  launch(stream, grid, kWarps * 32, 0, find_logits, x, w.data, w.type == element_type::f32,
+  launch(stream, grid, kWarps * 32, 0, find_logits<T>, x, w.data, w.type == element_type::f32,
          rows_are_aligned(x, w.data), w.num_rows, logits);
 }
 
@@ -61,5 +63,10 @@ void launch_choose_experts(cudaStream_t stream, const float* logits, std::int32_
   const auto bytes = static_cast<std::size_t>(floats_of_choice(params)) * sizeof(float);
   launch(stream, num_rows, 32, bytes, choose_experts, logits, bias, params, experts, weights);
 }
+
+template void launch_router_logits(cudaStream_t, const rows_of<bf16>&, const weight_matrix&,
+                                   float*);
+template void launch_router_logits(cudaStream_t, const rows_of<float>&, const weight_matrix&,
+                                   float*);
 
 } // namespace troupe::kernels::cuda

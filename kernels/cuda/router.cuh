@@ -3,6 +3,7 @@
 // What the kernels that choose experts share.
 
 #include <cmath>
+#include <type_traits>
 
 #include "troupe/kernels/cuda/mma.cuh"
 
@@ -10,14 +11,14 @@ namespace troupe::kernels::cuda {
 
 /// The logits of one expert for kRows rows, which begin at `from`, by one warp, in float32
 /// throughout: a tie may hang on them. Every lane gets them.
-template <int kRows>
-__device__ inline void router_logits(const bf16* const (&from)[kRows], std::int32_t num_cols,
+template <int kRows, class T>
+__device__ inline void router_logits(const T* const (&from)[kRows], std::int32_t num_cols,
                                      const void* w, bool is_float, bool is_aligned,
                                      std::int32_t expert, float (&logits)[kRows]) {
   const auto first = std::int64_t{expert} * num_cols;
   const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
   float dots[kRows] = {};
-  if (!is_float && is_aligned) {
+  if (std::is_same_v<T, bf16> && !is_float && is_aligned) {
     const auto* row_of_w = reinterpret_cast<const uint4*>(static_cast<const bf16*>(w) + first);
 #pragma unroll 7
     for (std::int32_t k = lane; k < num_cols / 8; k += 32) {
@@ -38,10 +39,10 @@ __device__ inline void router_logits(const bf16* const (&from)[kRows], std::int3
   } else {
     for (std::int32_t k = lane; k < num_cols; k += 32) {
       const float weight = is_float ? static_cast<const float*>(w)[first + k]
-                                    : __bfloat162float(static_cast<const bf16*>(w)[first + k]);
+                                    : load(static_cast<const bf16*>(w) + first + k);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        dots[row] = fmaf(__bfloat162float(from[row][k]), weight, dots[row]);
+        dots[row] = fmaf(load(from[row] + k), weight, dots[row]);
       }
     }
   }
@@ -72,8 +73,9 @@ __device__ inline float group_score(const float* scores, std::int32_t count, std
   return count == 1 || rank == group_rank::best ? best : best + second;
 }
 
-/// Whether router_logits may read both in pieces of 16 bytes.
-inline bool rows_are_aligned(const rows_of_bf16& x, const void* w) {
+/// Whether router_logits may read both in pieces of 16 bytes, where both are of bf16.
+template <class T>
+bool rows_are_aligned(const rows_of<T>& x, const void* w) {
   const auto addresses =
     reinterpret_cast<std::uintptr_t>(x.data) | reinterpret_cast<std::uintptr_t>(w);
   return addresses % 16 == 0 && x.stride % 8 == 0 && x.num_cols % 8 == 0;

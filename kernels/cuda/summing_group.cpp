@@ -51,7 +51,7 @@ std::shared_ptr<gpu_rank_group> make_gpu_rank_group(std::span<const std::int32_t
                                                     std::int32_t max_rows, std::int32_t num_cols,
                                                     std::string& error,
                                                     std::chrono::milliseconds deadline,
-                                                    sum_transport transport) {
+                                                    sum_transport transport, numerics mode) {
   if (devices.empty() || devices.size() > kMostRanks || max_rows < 1 || num_cols < 1) {
     error = "a group has 1 to " + std::to_string(kMostRanks) + " ranks, and rows";
     return nullptr;
@@ -62,15 +62,16 @@ std::shared_ptr<gpu_rank_group> make_gpu_rank_group(std::span<const std::int32_t
       return nullptr;
     }
   }
+  const std::int32_t width = mode == numerics::exact ? 2 * num_cols : num_cols;
   if (devices.size() > 1
       && choose_transport(transport, all_reach_each_other(devices)) == sum_transport::nccl) {
     if (std::set(devices.begin(), devices.end()).size() < devices.size()) {
       error = "NCCL needs a GPU for each rank";
       return nullptr;
     }
-    return nccl_group::make(kNcclLibrary, devices, max_rows, num_cols, deadline, error);
+    return nccl_group::make(kNcclLibrary, devices, max_rows, width, deadline, error);
   }
-  return rank_group::make(devices, max_rows, num_cols, deadline, error);
+  return rank_group::make(devices, max_rows, width, deadline, error);
 }
 
 } // namespace troupe::kernels::cuda

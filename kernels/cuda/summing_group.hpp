@@ -21,7 +21,8 @@ public:
 
   /// Queues x = sum over ranks for one of them, whose device is current. False: rows are wider than
   /// the memory of the group. What fails otherwise is a failure of the group.
-  virtual bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of_bf16& x) = 0;
+  virtual bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of<bf16>& x) = 0;
+  virtual bool add_up(cudaStream_t stream, std::int32_t rank, const rows_of<float>& x) = 0;
 
   /// Whether the group has ended: a look at memory, without waiting.
   virtual bool has_failed(std::int32_t rank) const = 0;

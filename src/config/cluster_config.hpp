@@ -42,7 +42,7 @@ struct node {
 
 enum class numerics : std::uint8_t {
   exact, ///< activations stay in float32
-  fast,  ///< on the CPU, activations are rounded before each product
+  fast,  ///< on CPUs, activations are rounded before each product; on GPUs, they are bf16
 };
 
 enum class head_format : std::uint8_t {
@@ -51,8 +51,8 @@ enum class head_format : std::uint8_t {
 };
 
 struct model_settings {
-  std::filesystem::path path; ///< absolute; an existing directory
-  numerics arithmetic = numerics::exact;
+  std::filesystem::path path;            ///< absolute; an existing directory
+  numerics arithmetic = numerics::exact; ///< where it is not given: `fast` on GPUs
   head_format head = head_format::stored;
   std::string name; ///< as clients see it; by default the last component of path
 };

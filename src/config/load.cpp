@@ -218,7 +218,7 @@ void read_nodes(section& root, cluster_config& config, report& problems) {
   }
 }
 
-/// Hidden states travel as the devices compute them: in float32 from CPUs, in bfloat16 from GPUs.
+/// Hidden states travel as the devices compute them, and CPUs and GPUs do not round alike.
 void check_device_kinds(section& root, const cluster_config& config) {
   const device* first = nullptr;
   for (const node& each : config.nodes)
@@ -366,6 +366,8 @@ expected<cluster_config> parse_text(std::string_view text, const fs::path& file,
   read_model(top.child("model"), config.model, file);
   read_nodes(top, config, problems);
   check_device_kinds(top, config);
+  if (has_gpus(config) && !config.positions.contains("model.numerics"))
+    config.model.arithmetic = numerics::fast;
   read_parallel(top.child("parallel"), config.parallel, has_gpus(config));
   read_serving(top.child("serving"), config.serving);
   read_recovery(top.child("recovery"), config.recovery);

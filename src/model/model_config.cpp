@@ -394,6 +394,9 @@ expected<model_config> parse_model_config(std::string_view text, const std::stri
   config.rms_norm_eps = static_cast<float>(in.number("rms_norm_eps", 0.0, 1.0));
   config.tie_word_embeddings = in.boolean_or("tie_word_embeddings", false);
   require_text(in, "hidden_act", "silu");
+  const auto type = in.text_or(in.has("dtype") ? "dtype" : "torch_dtype", "bfloat16");
+  config.wide_bits = type == "float32" ? 32 : 16;
+  config.wide_is_f16 = type == "float16";
   known->read(in, config);
   config.bos_token = in.integer_or("bos_token_id", 0, config.vocab_size - 1, -1);
   add_eos(in.integers("eos_token_id", 0, config.vocab_size - 1), config);

@@ -123,6 +123,8 @@ struct model_config {
   std::optional<packed_config> packed; ///< from quantization_config
   std::optional<int8_config> int8;     ///< from quantization_config
   std::int32_t weight_bits = 16;       ///< of most weights, to estimate memory by
+  std::int32_t wide_bits = 16;         ///< of those that are not quantized, likewise
+  bool wide_is_f16 = false;            ///< those are float16 and not bf16
 
   std::int32_t bos_token = -1;          ///< -1: the config names none
   std::vector<std::int32_t> eos_tokens; ///< of config.json and generation_config.json, ascending

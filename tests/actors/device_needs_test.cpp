@@ -3,6 +3,7 @@
 #include "troupe/actors/boundary.hpp"
 
 #include "troupe/actors/cluster_plan.hpp"
+#include "troupe/memory/page_seals.hpp"
 
 #include <catch2/catch.hpp>
 
@@ -32,6 +33,7 @@ config::cluster_config two_gpus(std::uint32_t stages, std::uint32_t groups) {
   config::cluster_config result;
   result.nodes = {{.name = "node-0",
                    .devices = {{config::device_kind::cuda, 0}, {config::device_kind::cuda, 1}}}};
+  result.model.arithmetic = config::numerics::fast;
   result.parallel.pipeline = stages;
   result.parallel.expert_groups = groups;
   return result;
@@ -139,6 +141,29 @@ TEST_CASE("a head in 8 bit makes the last stage smaller, and no other") {
   CHECK(narrow[1].need.weights < stored[1].need.weights);
   CHECK(narrow[1].need.kv_pages == stored[1].need.kv_pages);
   CHECK(narrow[1].need.scratch == stored[1].need.scratch);
+}
+
+TEST_CASE("exact numerics keep pages, rows and what is made of wide weights in float32") {
+  const auto model = small_model();
+  auto cluster = two_gpus(2, 0);
+  const auto fast = device_needs(plan_of(cluster), model);
+  cluster.model.arithmetic = config::numerics::exact;
+  const auto plan = plan_of(cluster);
+  CHECK_FALSE(plan.fast_numerics());
+  CHECK(actors::numerics_of(plan) == kernels::numerics::exact);
+  const auto exact = device_needs(plan, model);
+  REQUIRE(exact.size() == 2);
+  const auto seals = memory::page_seals::bytes(plan.kv_pages());
+  for (std::size_t i = 0; i < 2; ++i) {
+    CHECK(exact[i].need.kv_pages - seals == 2 * (fast[i].need.kv_pages - seals));
+    CHECK(exact[i].need.scratch > fast[i].need.scratch);
+    CHECK(exact[i].need.weights == Approx(fast[i].need.weights).epsilon(0.05));
+    CHECK(exact[i].need.contexts == fast[i].need.contexts);
+  }
+  // Rows that the first stage leaves for the second.
+  const auto worker = actors::device_need_of(plan.workers(0).actors(), plan, model);
+  CHECK(exact[0].need.scratch - worker.scratch
+        == 2 * actors::outbox_bytes(2, plan.max_batch_tokens(), 4 * model.hidden_size));
 }
 
 TEST_CASE("workers are told how their GPUs are to add up rows") {

@@ -434,6 +434,24 @@ TEST_CASE("GPUs are named, and the devices of a cluster are of one kind") {
   });
 }
 
+TEST_CASE("GPUs compute fast where the file does not say, CPUs exactly") {
+  const auto arithmetic_of = [](const std::string& text, const std::vector<std::string>& settings) {
+    const auto loaded = config::parse(text, file_name, settings);
+    REQUIRE(loaded);
+    return loaded->model.arithmetic;
+  };
+  const std::string gpus = "nodes: [{devices: ['cuda:0']}]\n";
+  const std::string exact = "model: {path: models/troupe-mini, numerics: exact}\n";
+  const std::string fast = "model: {path: models/troupe-mini, numerics: fast}\n";
+  CHECK(arithmetic_of(model_line, {}) == config::numerics::exact);
+  CHECK(arithmetic_of(model_line + gpus, {}) == config::numerics::fast);
+  CHECK(arithmetic_of(exact + gpus, {}) == config::numerics::exact);
+  CHECK(arithmetic_of(fast + gpus, {}) == config::numerics::fast);
+  CHECK(arithmetic_of(model_line + gpus, {"model.numerics=exact"}) == config::numerics::exact);
+  CHECK(arithmetic_of(model_line, {"nodes[0].devices=['cuda:0']"}) == config::numerics::fast);
+  CHECK(arithmetic_of(exact, {"nodes[0].devices=['cuda:0']"}) == config::numerics::exact);
+}
+
 TEST_CASE("what cannot run yet is refused by name") {
   check_refusals({
     {"nodes: [{host: far, launch: ssh}]\n",

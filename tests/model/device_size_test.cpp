@@ -1,5 +1,7 @@
 #include "troupe/model/device_size.hpp"
 
+#include <string>
+
 #include <catch2/catch.hpp>
 
 using namespace troupe;
@@ -7,9 +9,9 @@ using namespace troupe::model;
 
 namespace {
 
-/// What config.json of DeepSeek-R1 says.
-model_config r1() {
-  auto config = parse_model_config(R"({"architectures": ["DeepseekV3ForCausalLM"],
+/// What config.json of DeepSeek-R1 says, or that of one whose wide weights are of another type.
+model_config r1(const std::string& wide = "bfloat16") {
+  std::string text = R"({"architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3", "attention_bias": false, "bos_token_id": 0, "eos_token_id": 1,
     "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
     "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
@@ -22,8 +24,9 @@ model_config r1() {
     "topk_method": "noaux_tc", "tie_word_embeddings": false, "torch_dtype": "bfloat16",
     "vocab_size": 129280,
     "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-                            "weight_block_size": [128, 128]}})",
-                                   "config.json");
+                            "weight_block_size": [128, 128]}})";
+  text.replace(text.find("bfloat16"), 8, wide);
+  auto config = parse_model_config(text, "config.json");
   REQUIRE(config);
   return *config;
 }
@@ -88,6 +91,45 @@ TEST_CASE("a head in 8 bit takes half, with scales by groups of 128 columns") {
   config.tie_word_embeddings = true;
   const auto tied = device_weight_bytes(config, whole_model(config));
   CHECK(gigabytes(tied) == Approx(gigabytes(narrow)).epsilon(1e-6));
+}
+
+TEST_CASE("with exact numerics, weights stay as they are stored, and rows are in float32") {
+  constexpr auto kExact = kernels::numerics::exact;
+  auto config = r1();
+  const model_part layer{10, 11, true, 0, 256};
+  // As it is stored but for what is made of kv_b, which bf16 does not hold.
+  const double kv_b = 2 * 128.0 * 128 * 512;
+  CHECK(gigabytes(device_weight_bytes(config, layer, kExact) - device_weight_bytes(config, layer))
+        == Approx(2 * kv_b * (1 + 1.0 / 32) / 1e9).epsilon(0.01));
+  // Groups that the matrix unit cannot multiply are not expanded.
+  config.fp8.reset();
+  config.int8 = int8_config{64};
+  CHECK(gigabytes(device_weight_bytes(config, layer, kExact))
+        < 0.6 * gigabytes(device_weight_bytes(config, layer)));
+  // Nor are wide weights rounded.
+  config.int8.reset();
+  config.weight_bits = 16;
+  const auto bf16 = device_weight_bytes(config, layer, kExact);
+  CHECK(gigabytes(bf16) == Approx(gigabytes(device_weight_bytes(config, layer))).epsilon(0.001));
+  config.wide_bits = 32;
+  CHECK(gigabytes(device_weight_bytes(config, layer, kExact))
+        == Approx(2 * gigabytes(bf16)).epsilon(0.02));
+  CHECK(gigabytes(device_weight_bytes(config, layer)) == Approx(gigabytes(bf16)).epsilon(0.001));
+
+  config = r1();
+  const stage_options options{10, 18, 2048, true};
+  const auto exact = device_scratch_bytes(config, options, kExact);
+  CHECK(gigabytes(exact) > 2048 * 8 * 7168 * 4 / 1e9);
+  CHECK(exact < 2 * device_scratch_bytes(config, options));
+  CHECK(device_scratch_bytes(config, 32, 2048, kExact) < exact);
+}
+
+TEST_CASE("checkpoints say how wide their weights are") {
+  CHECK(r1().wide_bits == 16);
+  CHECK_FALSE(r1().wide_is_f16);
+  CHECK(r1("float16").wide_bits == 16);
+  CHECK(r1("float16").wide_is_f16);
+  CHECK(r1("float32").wide_bits == 32);
 }
 
 TEST_CASE("scratch memory follows the rows of a micro-batch") {

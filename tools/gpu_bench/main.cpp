@@ -325,6 +325,9 @@ int run(int argc, char** argv) {
     bench_steps(1, troupe::model::head_format::stored);
     bench_steps(1, troupe::model::head_format::int8);
   }
+  if (wanted("exact")) {
+    bench_steps(1, troupe::model::head_format::stored, troupe::kernels::numerics::exact);
+  }
   if (wanted("ranks")) {
     bench_ranks();
   }

@@ -183,7 +183,8 @@ void bench_sums(int num_ranks) {
       }
       print(time_ranks(ops, repeats, [&](int rank) {
         peers.add_up(stream(rank), rank,
-                     {static_cast<bf16*>(memory[rank].get()), rows, kHidden, kHidden}, way);
+                     rows_of_bf16{static_cast<bf16*>(memory[rank].get()), rows, kHidden, kHidden},
+                     way);
       }));
     }
     if (library != nullptr) {
@@ -193,8 +194,9 @@ void bench_sums(int num_ranks) {
     }
     if (over_nccl != nullptr) {
       print(time_ranks(ops, repeats, [&](int rank) {
-        over_nccl->add_up(stream(rank), rank,
-                          {static_cast<bf16*>(memory[rank].get()), rows, kHidden, kHidden});
+        over_nccl->add_up(
+          stream(rank), rank,
+          rows_of_bf16{static_cast<bf16*>(memory[rank].get()), rows, kHidden, kHidden});
       }));
     }
     std::printf("\n");
@@ -204,7 +206,7 @@ void bench_sums(int num_ranks) {
     if (group != nullptr) {
       const double time = time_one_by_one(ops, [&](int rank) {
         group->add_up(static_cast<cudaStream_t>(ops[rank]->stream()), rank,
-                      {static_cast<bf16*>(memory[rank].get()), 1, kHidden, kHidden});
+                      rows_of_bf16{static_cast<bf16*>(memory[rank].get()), 1, kHidden, kHidden});
       });
       std::printf("one row, not recorded, %s: %.1f us a call\n",
                   group == over_nccl.get() ? "over NCCL" : "by peer memory", time);

@@ -120,16 +120,20 @@ struct batch {
 };
 
 /// Operations of so many GPUs that compute together; empty where there are not that many.
-std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> make_ranks(std::int32_t num_ranks) {
+std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> make_ranks(std::int32_t num_ranks,
+                                                                kernels::numerics mode) {
   std::vector<std::int32_t> devices(num_ranks);
   std::iota(devices.begin(), devices.end(), 0);
   std::string error;
   const auto group =
-    num_ranks > 1 ? kernels::cuda::make_gpu_rank_group(devices, 2048, 7168, error) : nullptr;
+    num_ranks > 1
+      ? kernels::cuda::make_gpu_rank_group(devices, 2048, 7168, error, std::chrono::seconds(2),
+                                           kernels::cuda::sum_transport::automatic, mode)
+      : nullptr;
   std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> result;
   for (const auto device : devices) {
     result.push_back(kernels::cuda::make_cuda_ops(device, error, nullptr, nullptr, group,
-                                                  group == nullptr ? 0 : device));
+                                                  group == nullptr ? 0 : device, mode));
     if (result.back() == nullptr) {
       std::printf("steps on %d GPUs: %s\n", num_ranks, error.c_str());
       return {};
@@ -140,10 +144,10 @@ std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> make_ranks(std::int32_t num
 
 } // namespace
 
-void bench_steps(std::int32_t num_ranks, model::head_format head) {
+void bench_steps(std::int32_t num_ranks, model::head_format head, kernels::numerics mode) {
   constexpr std::int32_t kPage = 64, kPagesEach = 32, kMostSequences = 128, kMostRows = 2048;
   auto config = model::parse_model_config(kLayersOfR1, "config.json");
-  const auto owned = make_ranks(num_ranks);
+  const auto owned = make_ranks(num_ranks, mode);
   if (!config || owned.empty()) {
     std::printf("steps: %s\n", config ? "there are no ranks" : config.error().cause.c_str());
     return;
@@ -182,8 +186,9 @@ void bench_steps(std::int32_t num_ranks, model::head_format head) {
   model::stage_group group(std::move(models));
   group.attach_kv(pages, num_pages, kPage);
   auto& ops = *ranks.front();
-  std::printf("3 layers of R1 and the head%s, on %d GPU(s): placed in %.1f s\n",
+  std::printf("3 layers of R1 and the head%s, on %d GPU(s)%s: placed in %.1f s\n",
               head == model::head_format::int8 ? " in 8 bit" : "", num_ranks,
+              mode == kernels::numerics::exact ? ", exact numerics" : "",
               std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
 
   const auto run = [&](const batch& b, std::int32_t num_samples) {

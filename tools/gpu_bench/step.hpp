@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "troupe/kernels/ops.hpp"
 #include "troupe/model/model_config.hpp"
 
 namespace gpu_bench {
@@ -12,7 +13,8 @@ extern const char* const kLayersOfR1;
 /// Decoding and prefill of the first layers of DeepSeek-R1 (one dense, two of experts) and its
 /// head, through the stage that a worker runs, on one GPU or on several ranks that compute
 /// together. Weights are random.
-void bench_steps(std::int32_t num_ranks, troupe::model::head_format head);
+void bench_steps(std::int32_t num_ranks, troupe::model::head_format head,
+                 troupe::kernels::numerics mode = troupe::kernels::numerics::fast);
 
 /// The same on one GPU, on two and on as many as there are powers of two.
 void bench_steps_of_ranks();

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -30,6 +32,15 @@ inline gpu_ops* gpu() {
   return device.get();
 }
 
+/// The same GPU, computing with exact numerics.
+inline gpu_ops* exact_gpu() {
+  static std::string error;
+  static const auto device = gpu() != nullptr ? troupe::kernels::cuda::make_cuda_ops(
+                               0, error, nullptr, nullptr, nullptr, 0, numerics::exact)
+                                              : nullptr;
+  return device.get();
+}
+
 inline ops& reference() {
   static const auto device = troupe::kernels::make_cpu_ops(4);
   return *device;
@@ -56,24 +67,21 @@ inline matrix random_rows(int rows, int cols, std::mt19937& random, float width 
   return rounded(random_matrix(rows, cols, random, width));
 }
 
-/// Rows on the GPU, in memory that was full of NaN; the stride may be wider than the rows.
+/// Rows on a GPU, elements of its activation_type, in memory that was full of NaN; the stride may
+/// be wider than the rows.
 class gpu_rows {
 public:
-  gpu_rows(int rows, int cols, int stride = 0)
-    : rows_(rows), cols_(cols), stride_(stride > 0 ? stride : cols) {
+  gpu_rows(int rows, int cols, int stride = 0, gpu_ops& device = *gpu())
+    : device_(device), rows_(rows), cols_(cols), stride_(stride > 0 ? stride : cols) {
     const auto count = std::size_t(std::max(rows, 1)) * stride_;
-    memory_ = gpu()->allocate(count * 2);
-    const std::vector<std::uint16_t> nan(count, 0x7FC0);
-    gpu()->copy_from_host(nan.data(), {memory_.get(), 1, int(count), int(count)});
+    memory_ = device_.allocate(count * element_bytes());
+    const auto nan = to_elements(std::vector<float>(count, std::nanf("")));
+    device_.copy_from_host(nan.data(), {memory_.get(), 1, int(count), int(count)});
   }
 
-  explicit gpu_rows(const matrix& from, int stride = 0)
-    : gpu_rows(from.num_rows, from.num_cols, stride) {
-    std::vector<std::uint16_t> bits(from.data.size());
-    for (std::size_t i = 0; i < bits.size(); ++i) {
-      bits[i] = to_bf16(from.data[i]);
-    }
-    gpu()->copy_from_host(bits.data(), view());
+  explicit gpu_rows(const matrix& from, int stride = 0, gpu_ops& device = *gpu())
+    : gpu_rows(from.num_rows, from.num_cols, stride, device) {
+    device_.copy_from_host(to_elements(from.data).data(), view());
   }
 
   rows_view view() const { return {memory_.get(), rows_, cols_, stride_}; }
@@ -81,9 +89,13 @@ public:
   rows_view first_rows(int count) const { return {memory_.get(), count, cols_, stride_}; }
 
   matrix read() const {
-    std::vector<std::uint16_t> bits(std::size_t(rows_) * cols_);
-    gpu()->copy_to_host(view(), bits.data());
     matrix result(rows_, cols_);
+    if (is_float()) {
+      device_.copy_to_host(view(), result.data.data());
+      return result;
+    }
+    std::vector<std::uint16_t> bits(std::size_t(rows_) * cols_);
+    device_.copy_to_host(view(), bits.data());
     for (std::size_t i = 0; i < bits.size(); ++i) {
       result.data[i] = bf16_value(bits[i]);
     }
@@ -91,44 +103,67 @@ public:
   }
 
 private:
+  bool is_float() const { return device_.activation_type() == element_type::f32; }
+  std::size_t element_bytes() const { return troupe::kernels::size_of(device_.activation_type()); }
+
+  std::vector<unsigned char> to_elements(const std::vector<float>& values) const {
+    std::vector<unsigned char> bytes(values.size() * element_bytes());
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const std::uint16_t bits = to_bf16(values[i]);
+      std::memcpy(&bytes[i * element_bytes()],
+                  is_float() ? static_cast<const void*>(&values[i]) : &bits, element_bytes());
+    }
+    return bytes;
+  }
+
+  gpu_ops& device_;
   int rows_;
   int cols_;
   int stride_;
   std::shared_ptr<void> memory_;
 };
 
-/// Float32 rows on the GPU: two places of 16 bit each.
+/// Float32 rows on the GPU whatever its activation_type: two places of 16 bit each.
 class gpu_floats {
 public:
-  gpu_floats(int rows, int cols) : rows_(rows), cols_(cols) {
-    memory_ = gpu()->allocate(std::size_t(rows) * cols * 4);
+  gpu_floats(int rows, int cols, gpu_ops& device = *gpu())
+    : device_(device), rows_(rows), cols_(cols) {
+    memory_ = device_.allocate(std::size_t(rows) * cols * 4);
   }
 
-  explicit gpu_floats(const matrix& from) : gpu_floats(from.num_rows, from.num_cols) {
-    gpu()->copy_from_host(from.data.data(), {memory_.get(), rows_, cols_ * 2, cols_ * 2});
+  explicit gpu_floats(const matrix& from, gpu_ops& device = *gpu())
+    : gpu_floats(from.num_rows, from.num_cols, device) {
+    device_.copy_from_host(from.data.data(), in_places());
   }
 
   rows_view view() const { return {memory_.get(), rows_, cols_, cols_}; }
 
   matrix read() const {
     matrix result(rows_, cols_);
-    gpu()->copy_to_host({memory_.get(), rows_, cols_ * 2, cols_ * 2}, result.data.data());
+    device_.copy_to_host(in_places(), result.data.data());
     return result;
   }
 
 private:
+  rows_view in_places() const {
+    const auto places =
+      static_cast<int>(sizeof(float) / troupe::kernels::size_of(device_.activation_type()));
+    return {memory_.get(), rows_, cols_ * places, cols_ * places};
+  }
+
+  gpu_ops& device_;
   int rows_;
   int cols_;
   std::shared_ptr<void> memory_;
 };
 
 /// A vector of float32 on the GPU.
-inline const float* gpu_vector(const std::vector<float>& values) {
+inline const float* gpu_vector(const std::vector<float>& values, gpu_ops& device = *gpu()) {
   weight_matrix w;
   w.data = values.data();
   w.num_rows = 1;
   w.num_cols = static_cast<std::int32_t>(values.size());
-  return static_cast<const float*>(gpu()->place(w, troupe::kernels::weight_use::stored).data);
+  return static_cast<const float*>(device.place(w, troupe::kernels::weight_use::stored).data);
 }
 
 /// ||a - b|| / ||b||; NaN never passes a comparison.

@@ -23,17 +23,19 @@ std::string source_directory() {
 /// Operations of ranks that compute together, each on a GPU of its own as far as there are any.
 class gpu_ranks {
 public:
-  explicit gpu_ranks(std::int32_t size) {
+  explicit gpu_ranks(std::int32_t size, kernels::numerics mode = kernels::numerics::fast,
+                     std::chrono::milliseconds deadline = std::chrono::seconds(2)) {
     std::vector<std::int32_t> devices;
     for (std::int32_t rank = 0; rank < size; ++rank)
       devices.push_back(rank % kernels::cuda::num_devices());
     std::string error;
-    const auto group = kernels::cuda::make_gpu_rank_group(devices, 2048, 2048, error);
+    const auto group = kernels::cuda::make_gpu_rank_group(
+      devices, 2048, 2048, error, deadline, kernels::cuda::sum_transport::automatic, mode);
     INFO(error);
     REQUIRE(group != nullptr);
     for (std::int32_t rank = 0; rank < size; ++rank) {
       owned_.push_back(
-        kernels::cuda::make_cuda_ops(devices[rank], error, nullptr, nullptr, group, rank));
+        kernels::cuda::make_cuda_ops(devices[rank], error, nullptr, nullptr, group, rank, mode));
       REQUIRE(owned_.back() != nullptr);
       all.push_back(owned_.back().get());
     }
@@ -143,10 +145,12 @@ public:
       REQUIRE(logits);
       const auto at = out.size();
       out.resize(at + static_cast<std::size_t>(step) * vocab_size());
-      // Float32: two places of 16 bit each.
+      // Float32, which may be two places of 16 bit each.
+      const auto places =
+        static_cast<std::int32_t>(sizeof(float) / kernels::size_of(ops_.activation_type()));
       auto view = *logits;
-      view.num_cols *= 2;
-      view.stride *= 2;
+      view.num_cols *= places;
+      view.stride *= places;
       ops_.copy_to_host(view, out.data() + at);
     }
   }
@@ -217,6 +221,38 @@ TEST_CASE("golden log-probabilities of every kind of model, the same bits in any
     check_deviations(name, deviations, is_odd ? 2e-1 : 3e-2, is_odd ? 1.0 : 1e-1);
   }
   CHECK(gpu()->failure().empty());
+}
+
+/// The models whose log-probabilities transformers has computed in float32, and troupe-mini.
+const std::vector<std::string> references{
+  "tests/data/reference/deepseek_v3", "tests/data/reference/deepseek_v3_fp8",
+  "tests/data/reference/deepseek_v2", "tests/data/reference/deepseek_v2_lite",
+  "tests/data/reference/llama",       "tests/data/reference/qwen2",
+  "configs/models/troupe-mini"};
+
+/// Every position of every prompt, and the same bits in chunks of any size.
+void check_every_position(const std::string& name, const std::vector<kernels::ops*>& ranks) {
+  const auto directory = source_directory() + "/" + name;
+  const auto expected = test::load_golden(directory);
+  gpu_model model(directory, 1, 512, 512, ranks);
+  INFO(name << " on " << ranks.size() << " ranks");
+  std::vector<double> deviations;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const auto tokens = expected[i].all_tokens();
+    const auto whole = model.score(tokens, 512);
+    test::add_deviations(expected[i], whole, model.vocab_size(), deviations);
+    if (i < 2)
+      for (const std::int32_t chunk : {1, 7, 64})
+        CHECK(same_bits(model.score(tokens, chunk), whole));
+  }
+  const double most = test::quantile(deviations, 1.0);
+  char line[160];
+  std::snprintf(line, sizeof(line),
+                "%s on %zu rank(s), exact: off by %.1e (median), %.1e (most of %zu positions)",
+                name.c_str(), ranks.size(), test::quantile(deviations, 0.5), most,
+                deviations.size());
+  WARN(line);
+  CHECK(most < 1e-3);
 }
 
 /// Greedy tokens of all golden conversations, in one crowd, are the golden ones.
@@ -331,6 +367,40 @@ TEST_CASE("stages on two and four ranks: golden values, the same bits in any chu
     check_conversations(ranks.all);
     CHECK(ranks.failures().empty());
   }
+}
+
+TEST_CASE("exact numerics: golden log-probabilities at every position of every reference",
+          "[model][exact]") {
+  if (gpu() == nullptr)
+    return;
+  auto* exact = kernel_tests::exact_gpu();
+  const auto repeated = exact->num_repeated_steps();
+  for (const auto& name : references)
+    check_every_position(name, {exact});
+  CHECK(exact->num_repeated_steps() > repeated); // rows that came one by one
+  check_conversations({exact});
+  check_conversations({exact}, head_format::int8);
+  CHECK(exact->failure().empty());
+}
+
+TEST_CASE("exact numerics on two ranks: golden log-probabilities at every position",
+          "[model][exact]") {
+  if (gpu() == nullptr)
+    return;
+  // Ranks that share a GPU must not record steps while the other one computes.
+  const bool share = kernels::cuda::num_devices() < 2;
+  if (share)
+    ::setenv("TROUPE_CUDA_GRAPHS", "off", 1);
+  gpu_ranks ranks(2, kernels::numerics::exact, std::chrono::seconds(20));
+  ::unsetenv("TROUPE_CUDA_GRAPHS");
+  for (const auto& name : references) {
+    const auto config = load_model_config(source_directory() + "/" + name);
+    REQUIRE(config);
+    if (rank_config(*config, 0, 2))
+      check_every_position(name, ranks.all);
+  }
+  INFO(ranks.failures());
+  CHECK(ranks.failures().empty());
 }
 
 TEST_CASE("drafts and logits of recorded steps are those of steps as they stand", "[model]") {

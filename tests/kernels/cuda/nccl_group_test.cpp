@@ -320,6 +320,19 @@ TEST_CASE("sums over NCCL have the bits of sums in order of ranks", "[nccl][rank
   }
 }
 
+TEST_CASE("float32 rows over NCCL have the bits of sums in order of ranks",
+          "[nccl][ranks][exact]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(62);
+  for (const auto& way : all_ways()) {
+    INFO(way.name);
+    team ranks(way.devices, make_group(way, 400, 2 * 1600), numerics::exact);
+    check_exact_sums(ranks, random);
+  }
+}
+
 TEST_CASE("recorded steps add up over NCCL as often as they are repeated", "[nccl][ranks]") {
   if (gpu() == nullptr || !real_nccl()) {
     return;

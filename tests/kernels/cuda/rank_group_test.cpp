@@ -87,6 +87,33 @@ TEST_CASE("ranks add up their rows in order of ranks", "[ranks]") {
   }
 }
 
+TEST_CASE("ranks with exact numerics add up float32 rows", "[ranks][exact]") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(55);
+  for (const auto& devices : all_groups()) {
+    INFO(name_of(devices));
+    std::string error;
+    team ranks(devices,
+               make_gpu_rank_group(devices, 400, 1600, error, milliseconds(5000),
+                                   troupe::kernels::cuda::sum_transport::automatic,
+                                   numerics::exact),
+               numerics::exact);
+    check_exact_sums(ranks, random);
+  }
+  // A group for a single row has room for it in float32.
+  std::string error;
+  const std::vector<std::int32_t> devices{0, 0};
+  team narrow(devices,
+              make_gpu_rank_group(devices, 1, 8, error, milliseconds(5000),
+                                  troupe::kernels::cuda::sum_transport::automatic, numerics::exact),
+              numerics::exact);
+  narrow.reserve(8);
+  narrow.run([&](int rank) { narrow.ops(rank).all_reduce(narrow.view(rank, 1, 8, 8)); });
+  CHECK(narrow.works());
+}
+
 TEST_CASE("every way to add up gives the same bits, in any sequence", "[ranks]") {
   if (gpu() == nullptr) {
     return;

@@ -83,8 +83,9 @@ public:
     open_ranks();
   }
 
-  team(const std::vector<std::int32_t>& devices, std::shared_ptr<gpu_rank_group> group)
-    : devices_(devices), group_(std::move(group)) {
+  team(const std::vector<std::int32_t>& devices, std::shared_ptr<gpu_rank_group> group,
+       numerics mode = numerics::fast)
+    : devices_(devices), group_(std::move(group)), mode_(mode) {
     REQUIRE(group_ != nullptr);
     open_ranks();
   }
@@ -95,13 +96,14 @@ public:
 
   void reserve(std::size_t num_elements) {
     for (int rank = 0; rank < size(); ++rank) {
-      memory_[rank] = ops(rank).allocate(num_elements * 2);
+      memory_[rank] = ops(rank).allocate(num_elements * element_bytes());
       REQUIRE(memory_[rank] != nullptr);
     }
   }
 
   rows_view view(int rank, int rows, int cols, int stride, std::size_t first = 0) const {
-    return {static_cast<std::uint16_t*>(memory_[rank].get()) + first, rows, cols, stride};
+    return {static_cast<std::byte*>(memory_[rank].get()) + first * element_bytes(), rows, cols,
+            stride};
   }
 
   void run(const std::function<void(int)>& work) {
@@ -126,11 +128,13 @@ public:
   }
 
 private:
+  std::size_t element_bytes() const { return mode_ == numerics::exact ? 4 : 2; }
+
   void open_ranks() {
     std::string error;
     CHECK(group_->size() == size());
     for (int rank = 0; rank < size(); ++rank) {
-      ops_.push_back(make_cuda_ops(devices_[rank], error, nullptr, nullptr, group_, rank));
+      ops_.push_back(make_cuda_ops(devices_[rank], error, nullptr, nullptr, group_, rank, mode_));
       INFO(error);
       REQUIRE(ops_.back() != nullptr);
       memory_.push_back(nullptr);
@@ -139,6 +143,7 @@ private:
 
   std::vector<std::int32_t> devices_;
   std::shared_ptr<gpu_rank_group> group_;
+  numerics mode_ = numerics::fast;
   std::vector<std::unique_ptr<gpu_ops>> ops_;
   std::vector<std::shared_ptr<void>> memory_;
 };
@@ -197,5 +202,40 @@ struct shape {
   int rows, cols, gap; ///< the rows of rank r are gap * r elements further apart
   int first = 0;       ///< element of the memory where they begin
 };
+
+/// The sums of a group with exact numerics: float32, in order of ranks, nothing rounded twice. Room
+/// for 400 rows of 1600 is reserved.
+inline void check_exact_sums(team& ranks, std::mt19937& random) {
+  const int num_ranks = ranks.size();
+  ranks.reserve(std::size_t{400} * 1600);
+  for (const auto& at :
+       {shape{1, 1536, 0}, shape{1, 1, 0}, shape{1, 7, 0, 3}, shape{2, 4, 0}, shape{3, 1536, 4},
+        shape{17, 1001, 3}, shape{16, 1001, 0, 1}, shape{64, 1536, 0}, shape{90, 512, 0, 4},
+        shape{333, 1537, 5, 1}, shape{400, 1000, 16}, shape{5, 1536, 1}, shape{1, 1536, 0}}) {
+    INFO(at.rows << " rows of " << at.cols << ", " << at.gap << " apart, from " << at.first);
+    std::vector<matrix> parts;
+    matrix expected(at.rows, at.cols);
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      parts.push_back(random_matrix(at.rows, at.cols, random, rank % 2 == 0 ? 1.0F : 100.0F));
+      for (std::size_t i = 0; i < expected.data.size(); ++i) {
+        expected.data[i] = rank == 0 ? parts[0].data[i] : expected.data[i] + parts[rank].data[i];
+      }
+    }
+    std::vector<matrix> got(num_ranks, matrix(at.rows, at.cols));
+    ranks.run([&](int rank) {
+      const auto x = ranks.view(rank, at.rows, at.cols, at.cols + at.gap * rank, at.first);
+      ranks.ops(rank).copy_from_host(parts[rank].data.data(), x);
+      ranks.ops(rank).all_reduce(x);
+      ranks.ops(rank).copy_to_host(x, got[rank].data.data());
+    });
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      INFO("rank " << rank);
+      CHECK(same_bits(got[rank], expected));
+    }
+    if (!ranks.works()) {
+      return;
+    }
+  }
+}
 
 } // namespace kernel_tests
