@@ -125,6 +125,18 @@ void worker::start_actors() {
         caf::anon_send(handle, std::move(arrived));
     });
   }
+  // Ranks of a stage wait for each other, so the first one's waits are those of all.
+  std::vector<std::shared_ptr<device_watch>> watches;
+  for (const auto& s : parts_->stages)
+    if (s.watch)
+      watches.push_back(s.watch);
+  for (const auto& g : parts_->expert_groups)
+    if (g.watch)
+      watches.push_back(g.watch);
+  for (const auto& device : parts_->gpus) {
+    gpus_.push_back(spawn<gpu, caf::detached>(device, std::exchange(watches, {})));
+    monitor(gpus_.back());
+  }
 }
 
 void worker::take_view() {

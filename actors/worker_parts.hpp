@@ -3,7 +3,7 @@
 #include "troupe/actors/boundary.hpp"
 #include "troupe/actors/data_plane.hpp"
 #include "troupe/actors/device_watch.hpp"
-#include "troupe/actors/gpu.hpp"
+#include "troupe/actors/gpu_device.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/page_seals.hpp"
 #include "troupe/memory/pulse_page.hpp"
@@ -50,20 +50,21 @@ struct worker_parts {
   std::shared_ptr<data_plane> plane;
   std::vector<loaded_stage> stages;
   std::vector<loaded_expert_group> expert_groups;
+  std::vector<std::shared_ptr<gpu_device>> gpus; ///< by rank; none on CPUs
 };
 
 /// What a worker needs whatever its part is to be: a standby has it ready.
 struct prepared_parts {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
-  std::shared_ptr<data_plane> plane;      ///< open, not yet named
-  std::vector<std::shared_ptr<gpu>> gpus; ///< none on CPUs
+  std::shared_ptr<data_plane> plane;             ///< open, not yet named
+  std::vector<std::shared_ptr<gpu_device>> gpus; ///< none on CPUs
 };
 
 /// What a standby has loaded of the worker whose place it may take.
 struct parts_ahead {
   proto::WorkerAssignment assignment; ///< that worker's, without a name
-  std::vector<std::shared_ptr<gpu>> gpus;
+  std::vector<std::shared_ptr<gpu_device>> gpus;
   std::shared_ptr<worker_parts> parts; ///< without a transport; what knows peers is missing
 };
 
