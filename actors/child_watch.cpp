@@ -47,4 +47,9 @@ bool child_watch::look(pid_t process, time_point now) {
   return true;
 }
 
+std::string child_watch::cause_of(const child_exit& exit) const {
+  const auto words = page_.last_words();
+  return words.empty() ? exit.text() : exit.text() + ": " + words;
+}
+
 } // namespace troupe::actors

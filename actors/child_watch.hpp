@@ -30,6 +30,9 @@ public:
   /// Of the child.
   std::shared_ptr<life_line> life() const { return page_.life(); }
 
+  /// How the child ended, with its last words if it had any.
+  std::string cause_of(const child_exit& exit) const;
+
   const std::string& verdict() const { return verdict_; } ///< empty: none
   time_point judged() const { return judged_; }
 

@@ -1,15 +1,15 @@
 #pragma once
 
+#include "troupe/memory/pulse_page.hpp"
 #include "troupe/recovery/step_watch.hpp"
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
-#include <mutex>
+#include <memory>
+#include <optional>
 #include <string>
-#include <thread>
 
 namespace troupe::actors {
 
@@ -19,44 +19,39 @@ inline constexpr int exit_device_stuck = 6;
 
 /// How the operations of a device wait for it.
 struct device_waits {
-  const std::atomic<std::uint64_t>* current = nullptr;    ///< another number for each wait; 0: none
+  std::shared_ptr<const std::atomic<std::uint64_t>> current; ///< another number each; 0: none
   std::function<std::chrono::nanoseconds()> take_longest; ///< since the last call; computing thread
 };
 
-/// Looks whether a device still answers, from a thread of its own, while another one computes with
-/// it. A failed GPU is reported by its driver after some 200 ms; who knows how long steps take
-/// hears of it sooner.
+/// How long one actor may wait for its device, and whether it does. Two threads have a side of it:
+/// the actor, which computes, and the device's `gpu`, which looks. A failed GPU is reported by its
+/// driver after some 200 ms; who knows how long steps take hears of it sooner.
 class device_watch {
 public:
-  using overdue_callback = std::function<void(std::chrono::nanoseconds limit)>;
-
-  static constexpr std::chrono::milliseconds look_interval{5};
-
-  /// `on_overdue` runs on the looking thread, once. `waits` must work as long as this lives.
-  device_watch(device_waits waits, overdue_callback on_overdue);
-  /// Ends this process with exit_device_stuck, naming `actor`.
-  static overdue_callback end_process(std::string actor);
-  ~device_watch();
-  device_watch(const device_watch&) = delete;
-  device_watch& operator=(const device_watch&) = delete;
+  /// `actor` as planned ("replica-0/stage-1"), `pulse` that of its computing thread.
+  /// `look_interval`: how often `look` is called.
+  device_watch(std::string actor, memory::activity pulse, device_waits waits,
+               std::chrono::milliseconds look_interval);
 
   /// The computing thread begins a step. Waits in it are limited by what is known of such steps.
   void begin(const recovery::step_size& size);
   /// It was computed.
   void end();
 
-private:
-  void run();
+  /// The limit of the present wait, if it has lasted longer. The looking thread.
+  std::optional<std::chrono::nanoseconds> look(std::chrono::steady_clock::time_point now);
 
+  /// Ends this process with exit_device_stuck, naming the actor of `whose`.
+  [[noreturn]] static void end_process(const device_watch& whose, std::chrono::nanoseconds limit);
+
+private:
+  std::string actor_;
+  memory::activity pulse_;
   device_waits waits_;
-  overdue_callback on_overdue_;
   recovery::step_patience patience_; // of the computing thread, like the next one
   recovery::step_size size_;
   std::atomic<std::int64_t> limit_ns_{0}; ///< of the present step; 0: none
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  bool stopping_ = false;
-  std::thread thread_;
+  recovery::wait_observer observer_;      // of the looking thread
 };
 
 } // namespace troupe::actors

@@ -44,19 +44,16 @@ void dispatch_box::close() {
   is_open_ = false;
 }
 
-expert_group::expert_group(caf::actor_config& config, std::uint32_t index,
-                           std::shared_ptr<data_plane> plane, std::shared_ptr<kernels::ops> ops,
+expert_group::expert_group(caf::actor_config& config, std::shared_ptr<data_plane> plane,
+                           std::shared_ptr<kernels::ops> ops,
                            std::shared_ptr<model::expert_group_model> experts,
-                           std::shared_ptr<dispatch_box> arrivals, std::string actor,
-                           memory::activity pulse)
+                           std::shared_ptr<dispatch_box> arrivals, expert_group_traits traits)
   : expert_group_actor::base(config),
-    index_(index),
     plane_(std::move(plane)),
     ops_(std::move(ops)),
     experts_(std::move(experts)),
     arrivals_(std::move(arrivals)),
-    actor_(std::move(actor)),
-    pulse_(std::move(pulse)) {}
+    traits_(std::move(traits)) {}
 
 expected<std::shared_ptr<transport::buffer>>
 expert_group::compute(const transport::frame& dispatch) {
@@ -105,7 +102,7 @@ void expert_group::answer(const transport::frame& dispatch) {
   proto::FrameHeader header;
   header.set_replica(asked.replica());
   header.set_actor_index(asked.reply_index());
-  header.set_reply_index(index_);
+  header.set_reply_index(traits_.index);
   header.set_epoch(asked.epoch());
   header.set_step(asked.step());
   header.set_layer(asked.layer());
@@ -118,14 +115,19 @@ void expert_group::answer(const transport::frame& dispatch) {
   };
   if (asked.epoch() < plane_->epoch())
     return refuse(error_code::stale_epoch);
-  suffer_computing(*ops_, actor_);
+  if (traits_.watch)
+    traits_.watch->begin({asked.num_tasks(), 0});
+  suffer_computing(*ops_, traits_.actor);
   auto output = compute(dispatch);
+  if (traits_.watch)
+    traits_.watch->end();
   if (!ops_->failure().empty()) {
-    spdlog::critical("{}: the device failed: {}", actor_, ops_->failure());
+    spdlog::critical("{}: the device failed: {}", traits_.actor, ops_->failure());
+    traits_.pulse.last_words("the device failed: " + ops_->failure());
     return quit(caf::sec::runtime_error);
   }
   if (!output) {
-    spdlog::error("{}: {}", actor_, output.error().text());
+    spdlog::error("{}: {}", traits_.actor, output.error().text());
     return refuse(output.error().code);
   }
   auto fault = faults::hit(faults::point::message_reply, asked.sender());
@@ -139,7 +141,7 @@ void expert_group::answer(const transport::frame& dispatch) {
 
 expert_group::behavior_type expert_group::make_behavior() {
   // Groups compute at the same time, so what each does on one thread is on another core.
-  ops_->keep_on_cores(static_cast<std::int32_t>(index_));
+  ops_->keep_on_cores(static_cast<std::int32_t>(traits_.index));
   return {[this](const frame_ptr& dispatch) {
     serve(*dispatch);
     if (ops_->failure().empty())
@@ -148,9 +150,9 @@ expert_group::behavior_type expert_group::make_behavior() {
 }
 
 void expert_group::serve(const transport::frame& dispatch) {
-  pulse_.computing();
+  traits_.pulse.computing();
   answer(dispatch);
-  pulse_.idle();
+  traits_.pulse.idle();
 }
 
 /// Leaves as soon as something is in the mailbox: a dispatch that came before the box was open is

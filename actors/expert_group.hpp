@@ -1,9 +1,11 @@
 #pragma once
 
 #include "troupe/actors/data_plane.hpp"
+#include "troupe/actors/device_watch.hpp"
 #include "troupe/memory/pulse_page.hpp"
 #include "troupe/model/expert_group_model.hpp"
 
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -37,6 +39,14 @@ private:
   frame_box frames_;
 };
 
+/// Who an expert group is.
+struct expert_group_traits {
+  std::uint32_t index = 0;             ///< the group's number
+  std::string actor = "expert-group";  ///< as planned: "expert-group-0/copy-1"
+  memory::activity pulse;              ///< of its thread
+  std::shared_ptr<device_watch> watch; ///< of its device; null: none
+};
+
 /// A fixed set of experts of every MoE layer. Lives in a worker, in a thread of its own. Stateless
 /// between calls: when it dies, whoever waits for an answer asks its successor or a copy.
 /// Dispatches of an epoch older than the newest that the worker knows of are refused.
@@ -45,13 +55,10 @@ private:
 /// transport before it goes back to its mailbox.
 class expert_group : public expert_group_actor::base {
 public:
-  /// `index` is the group's number, `actor` its name as planned ("expert-group-0/copy-1"), `pulse`
-  /// that of its thread.
-  expert_group(caf::actor_config& config, std::uint32_t index, std::shared_ptr<data_plane> plane,
+  expert_group(caf::actor_config& config, std::shared_ptr<data_plane> plane,
                std::shared_ptr<kernels::ops> ops,
                std::shared_ptr<model::expert_group_model> experts,
-               std::shared_ptr<dispatch_box> arrivals, std::string actor = "expert-group",
-               memory::activity pulse = {});
+               std::shared_ptr<dispatch_box> arrivals, expert_group_traits traits);
 
   behavior_type make_behavior() override;
 
@@ -61,14 +68,12 @@ private:
   void answer(const transport::frame& dispatch);
   expected<std::shared_ptr<transport::buffer>> compute(const transport::frame& dispatch);
 
-  std::uint32_t index_;
   std::shared_ptr<data_plane> plane_;
   std::shared_ptr<kernels::ops> ops_;
   std::shared_ptr<model::expert_group_model> experts_;
   std::shared_ptr<dispatch_box> arrivals_;
   std::vector<frame_ptr> arrived_;
-  std::string actor_;
-  memory::activity pulse_;
+  expert_group_traits traits_;
   std::vector<kernels::expert_task> tasks_;
   std::shared_ptr<void> device_rows_;
   std::shared_ptr<void> device_out_;

@@ -260,7 +260,9 @@ expected<void> launcher::handle_exit(const child_exit& exit) {
   auto& child = supervised_.at(exit.name);
   auto now = std::chrono::steady_clock::now();
   bool was_judged = child.watch && !child.watch->verdict().empty();
-  auto cause = was_judged ? child.watch->verdict() + "; it was killed" : exit.text();
+  auto cause = was_judged    ? child.watch->verdict() + "; it was killed"
+               : child.watch ? child.watch->cause_of(exit)
+                             : exit.text();
   bool permanent = !exit.signalled && exit.status == exit_permanent;
   if (permanent || !child.restarts.allow(now)) {
     if (permanent || !child.is_node)

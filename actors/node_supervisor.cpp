@@ -277,8 +277,12 @@ void node_supervisor::keeper_exited(const child_exit& exit) {
         k.pid = 0;
     return;
   }
-  spdlog::critical("{} {}: the memory of its GPU is gone, and this node ends to begin anew",
-                   exit.name, exit.text());
+  const auto why =
+    fmt::format("{} {}: the memory of its GPU is gone, and this node ends to begin anew", exit.name,
+                exit.text());
+  spdlog::critical("{}", why);
+  if (options_.pulse)
+    options_.pulse->last_words(why);
   quit(caf::exit_reason::kill);
 }
 
@@ -292,7 +296,8 @@ void node_supervisor::child_exited(const child_exit& exit) {
   if (!c.is_ending)
     faults::suffer(faults::point::node_exit_seen, exit.name);
   bool was_judged = c.watch && !c.watch->verdict().empty();
-  policy::process_end end{exit.name, exit.text(), was_judged ? c.watch->verdict() : "",
+  policy::process_end end{exit.name, c.watch ? c.watch->cause_of(exit) : exit.text(),
+                          was_judged ? c.watch->verdict() : "",
                           was_judged ? c.watch->judged() : exit.detected};
   auto now = std::chrono::steady_clock::now();
   if (!exit.is_gone) {

@@ -3,7 +3,7 @@
 #include "troupe/actors/cluster_plan.hpp"
 #include "troupe/actors/cluster_supervisor.hpp"
 #include "troupe/actors/gateway.hpp"
-#include "troupe/actors/gpu.hpp"
+#include "troupe/actors/gpu_device.hpp"
 #include "troupe/base/startup_report.hpp"
 #include "troupe/config/cluster_config.hpp"
 #include "troupe/memory/pulse_page.hpp"
@@ -295,7 +295,7 @@ int run_node(node_options options, int pulse_fd) {
 }
 
 int run_worker(worker_options options, std::uint32_t heartbeat_ms, int pulse_fd) {
-  gpu::prepare_environment();
+  gpu_device::prepare_environment();
   auto pulse = start_pulse(pulse_fd, heartbeat_ms);
   if (!pulse)
     return not_started(-1, pulse.error());

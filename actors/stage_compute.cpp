@@ -78,6 +78,7 @@ stage_compute::behavior_type stage_compute::make_behavior() {
       if (!ops->failure().empty()) {
         // Whatever came of it is worth nothing. The step is computed again by the next process.
         spdlog::critical("{}: the device failed: {}", traits_.actor, ops->failure());
+        traits_.pulse.last_words("the device failed: " + ops->failure());
         return quit(caf::sec::runtime_error);
       }
     send(asker, std::move(result));

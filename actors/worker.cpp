@@ -51,7 +51,9 @@ worker::worker(caf::actor_config& config, worker_options options,
       delayed_send(this, redial_interval, start_atom::value, port_);
       return;
     }
-    spdlog::critical("an actor of this worker died: {}", system().render(down.reason));
+    const auto why = "an actor of this worker died: " + system().render(down.reason);
+    spdlog::critical("{}", why);
+    options_.pulse->last_words(why);
     exit_code_->store(exit_restart);
     quit();
   });
@@ -114,13 +116,26 @@ void worker::start_actors() {
   }
   for (auto& g : parts_->expert_groups) {
     auto arrivals = std::make_shared<dispatch_box>();
-    auto handle = spawn<expert_group, caf::detached>(g.plan.index(), plane, g.ops, g.experts,
-                                                     arrivals, g.plan.id(), g.pulse);
+    auto handle = spawn<expert_group, caf::detached>(
+      plane, g.ops, g.experts, arrivals,
+      expert_group_traits{g.plan.index(), g.plan.id(), g.pulse, g.watch});
     monitor(handle);
     plane->route_dispatch(g.plan.index(), [handle, arrivals](frame_ptr arrived) {
       if (!arrivals->offer(arrived))
         caf::anon_send(handle, std::move(arrived));
     });
+  }
+  // Ranks of a stage wait for each other, so the first one's waits are those of all.
+  std::vector<std::shared_ptr<device_watch>> watches;
+  for (const auto& s : parts_->stages)
+    if (s.watch)
+      watches.push_back(s.watch);
+  for (const auto& g : parts_->expert_groups)
+    if (g.watch)
+      watches.push_back(g.watch);
+  for (const auto& device : parts_->gpus) {
+    gpus_.push_back(spawn<gpu, caf::detached>(device, std::exchange(watches, {})));
+    monitor(gpus_.back());
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "troupe/actors/gpu.hpp"
 #include "troupe/actors/local_messages.hpp"
 #include "troupe/actors/stage.hpp"
 #include "troupe/actors/worker_parts.hpp"
@@ -12,6 +13,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace troupe::actors {
 
@@ -48,9 +50,10 @@ using worker_local =
                                  caf::reacts_to<load_outcome>, caf::reacts_to<knock_atom>,
                                  caf::reacts_to<stop_atom>>;
 
-/// The root of a worker process: asks its node what to be, loads that, spawns stages and expert
-/// groups and tells them of every view. A standby is told to prepare first, on a GPU also what to
-/// load ahead, and whose name and actors to take when it is needed:
+/// The root of a worker process: asks its node what to be, loads that, spawns stages, expert
+/// groups and the GPUs that they compute with, and tells stages of every view. A standby is told to
+/// prepare first, on a GPU also what to load ahead, and whose name and actors to take when it is
+/// needed:
 ///
 ///     dialling --assignment without a name--> preparing --> ready --assignment--> loading -->
 ///     running
@@ -96,6 +99,7 @@ private:
   std::shared_ptr<prepared_parts> prepared_;
   std::shared_ptr<worker_parts> parts_;
   std::map<std::pair<std::uint32_t, std::uint32_t>, stage_local> stages_;
+  std::vector<gpu_actor> gpus_;
   messages::cluster_view view_;
 };
 

@@ -1,11 +1,13 @@
 #include "troupe/actors/worker_parts.hpp"
 
 #include "troupe/actors/device_needs.hpp"
+#include "troupe/actors/gpu.hpp"
 #include "troupe/model/tensor_shard.hpp"
 #include "troupe/placement/plan.hpp"
 
 #include <algorithm>
 #include <chrono>
+#include <future>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -22,14 +24,14 @@ struct loader {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
   std::shared_ptr<worker_parts> parts;
-  std::vector<std::shared_ptr<gpu>> gpus;   ///< none on CPUs
-  const std::atomic<bool>* hurry = nullptr; ///< of a standby that loads ahead
+  std::vector<std::shared_ptr<gpu_device>> gpus; ///< none on CPUs
+  const std::atomic<bool>* hurry = nullptr;      ///< of a standby that loads ahead
 
   const proto::ClusterPlan& plan() const { return assignment.plan(); }
 
   /// Calls `load` with the operations of an actor that computes alone.
   expected<void> load_alone(const proto::ActorPlan& actor, const memory::activity& pulse,
-                            const gpu::loading& load) const {
+                            const gpu_device::loading& load) const {
     if (gpus.empty())
       return load(make_ops(pulse, plan().expert_threads(), nullptr, 0));
     return gpus.front()->load(actor.id(), content_of(actor, 0), numerics_of(plan()), {},
@@ -102,7 +104,7 @@ struct loader {
     return {};
   }
 
-  expected<void> check_memory(gpu& device) const {
+  expected<void> check_memory(gpu_device& device) const {
     const auto memory = device.memory();
     if (!memory)
       return tl::unexpected(memory.error());
@@ -180,9 +182,7 @@ struct loader {
   expected<void> complete(loaded_stage& s) const {
     if (!gpus.empty() && plan().num_stages() > 1)
       open_boundary(s);
-    if (has_device_for_itself() && !plan().unprotected())
-      s.watch = std::make_shared<device_watch>(gpus.front()->waits_of(*s.ops.front()),
-                                               device_watch::end_process(s.plan.id()));
+    s.watch = make_watch(s.plan.id(), s.ops.front(), s.pulse);
     if (s.model->leader().options().with_local_experts)
       return {};
     auto experts = connect_experts(s);
@@ -190,6 +190,17 @@ struct loader {
       return tl::unexpected(experts.error());
     s.experts = std::move(*experts);
     return {};
+  }
+
+  void complete(loaded_expert_group& g) const { g.watch = make_watch(g.plan.id(), g.ops, g.pulse); }
+
+  std::shared_ptr<device_watch> make_watch(const std::string& actor,
+                                           const std::shared_ptr<kernels::ops>& ops,
+                                           const memory::activity& pulsing) const {
+    if (!has_device_for_itself() || plan().unprotected())
+      return nullptr;
+    return std::make_shared<device_watch>(actor, pulsing, gpus.front()->waits_of(ops),
+                                          gpu::look_interval);
   }
 
   /// Who shares a device with somebody cannot know how long it takes.
@@ -212,8 +223,8 @@ struct loader {
     if (num_ranks() > 1 && gpus.empty())
       cpus = kernels::make_cpu_rank_group(num_ranks());
     if (num_ranks() > 1 && !gpus.empty()) {
-      auto joined = gpu::join(gpus, options.max_rows, config.hidden_size, numerics_of(plan()),
-                              plan().all_reduce());
+      auto joined = gpu_device::join(gpus, options.max_rows, config.hidden_size,
+                                     numerics_of(plan()), plan().all_reduce());
       if (!joined)
         return tl::unexpected(joined.error());
       group = std::move(*joined);
@@ -230,7 +241,7 @@ struct loader {
         return tl::unexpected(part.error());
       std::shared_ptr<kernels::ops> used;
       std::unique_ptr<model::stage_model> made;
-      gpu::loading load = [&](std::shared_ptr<kernels::ops> ops) {
+      gpu_device::loading load = [&](std::shared_ptr<kernels::ops> ops) {
         made = nullptr;
         used = std::move(ops);
         auto model = model::stage_model::load(weights, *part, options, *used);
@@ -375,15 +386,22 @@ struct loader {
   }
 };
 
-/// None for CPUs.
-expected<std::vector<std::shared_ptr<gpu>>> open_gpus(const proto::WorkerAssignment& assignment) {
-  std::vector<std::shared_ptr<gpu>> result;
+/// None for CPUs. Several are opened at the same time: each takes a tenth of a second and more.
+expected<std::vector<std::shared_ptr<gpu_device>>>
+open_gpus(const proto::WorkerAssignment& assignment) {
+  std::vector<std::shared_ptr<gpu_device>> result;
   if (!assignment.device().starts_with("cuda:"))
     return result;
+  std::vector<std::future<expected<std::shared_ptr<gpu_device>>>> opening;
   for (const auto& device : placement::devices_of(assignment.device())) {
-    auto index = static_cast<int>(result.size());
-    auto opened =
-      gpu::open(device, index < assignment.keepers_size() ? assignment.keepers(index) : "");
+    auto index = static_cast<int>(opening.size());
+    auto keeper = index < assignment.keepers_size() ? assignment.keepers(index) : std::string();
+    // Where there is no thread to be had, one behind the other.
+    opening.push_back(std::async(std::launch::async | std::launch::deferred,
+                                 [device, keeper] { return gpu_device::open(device, keeper); }));
+  }
+  for (auto& one : opening) {
+    auto opened = one.get();
     if (!opened)
       return tl::unexpected(opened.error());
     result.push_back(std::move(*opened));
@@ -392,10 +410,10 @@ expected<std::vector<std::shared_ptr<gpu>>> open_gpus(const proto::WorkerAssignm
 }
 
 /// Those of the assignment: a standby has prepared for all GPUs of its node.
-expected<std::vector<std::shared_ptr<gpu>>>
-choose_gpus(const std::vector<std::shared_ptr<gpu>>& prepared,
+expected<std::vector<std::shared_ptr<gpu_device>>>
+choose_gpus(const std::vector<std::shared_ptr<gpu_device>>& prepared,
             const proto::WorkerAssignment& assignment) {
-  std::vector<std::shared_ptr<gpu>> result;
+  std::vector<std::shared_ptr<gpu_device>> result;
   for (const auto& device : placement::devices_of(assignment.device())) {
     auto found =
       std::ranges::find_if(prepared, [&](const auto& one) { return one->name() == device; });
@@ -495,6 +513,9 @@ expected<std::shared_ptr<worker_parts>> load_parts(prepared_parts prepared,
   for (auto& s : l.parts->stages)
     if (auto completed = l.complete(s); !completed)
       return tl::unexpected(completed.error());
+  for (auto& g : l.parts->expert_groups)
+    l.complete(g);
+  l.parts->gpus = l.gpus;
   return l.parts;
 }
 

@@ -3,7 +3,7 @@
 #include "troupe/actors/boundary.hpp"
 #include "troupe/actors/data_plane.hpp"
 #include "troupe/actors/device_watch.hpp"
-#include "troupe/actors/gpu.hpp"
+#include "troupe/actors/gpu_device.hpp"
 #include "troupe/kernels/ops.hpp"
 #include "troupe/memory/page_seals.hpp"
 #include "troupe/memory/pulse_page.hpp"
@@ -41,7 +41,8 @@ struct loaded_expert_group {
   proto::ActorPlan plan;
   std::shared_ptr<kernels::ops> ops;
   std::shared_ptr<model::expert_group_model> experts;
-  memory::activity pulse; ///< of its thread
+  memory::activity pulse;              ///< of its thread
+  std::shared_ptr<device_watch> watch; ///< null where nobody can say what is too long
 };
 
 /// Everything that a worker's actors stand on.
@@ -49,20 +50,21 @@ struct worker_parts {
   std::shared_ptr<data_plane> plane;
   std::vector<loaded_stage> stages;
   std::vector<loaded_expert_group> expert_groups;
+  std::vector<std::shared_ptr<gpu_device>> gpus; ///< by rank; none on CPUs
 };
 
 /// What a worker needs whatever its part is to be: a standby has it ready.
 struct prepared_parts {
   model::model_config config;
   std::shared_ptr<model::tensor_source> weights;
-  std::shared_ptr<data_plane> plane;      ///< open, not yet named
-  std::vector<std::shared_ptr<gpu>> gpus; ///< none on CPUs
+  std::shared_ptr<data_plane> plane;             ///< open, not yet named
+  std::vector<std::shared_ptr<gpu_device>> gpus; ///< none on CPUs
 };
 
 /// What a standby has loaded of the worker whose place it may take.
 struct parts_ahead {
   proto::WorkerAssignment assignment; ///< that worker's, without a name
-  std::vector<std::shared_ptr<gpu>> gpus;
+  std::vector<std::shared_ptr<gpu_device>> gpus;
   std::shared_ptr<worker_parts> parts; ///< without a transport; what knows peers is missing
 };
 

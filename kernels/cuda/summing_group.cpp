@@ -38,6 +38,10 @@ void prepare_environment() {
   // NCCL would make all memory of GPUs that reach each other reachable, and then taking memory on
   // one can wait for a kernel on another that waits in turn. Such GPUs have peer memory.
   ::setenv("NCCL_P2P_DISABLE", "1", 0);
+  // Ranks are connected when the group is made, and not by its first sum: a standby has that behind
+  // it, and the names of the memory that they share (/dev/shm/nccl-*) are gone, which nobody would
+  // clear away behind a process that is killed.
+  ::setenv("NCCL_RUNTIME_CONNECT", "0", 0);
   // Multicast is in the keeping of the whole host, where a process that is killed may leave it in
   // disorder.
   ::setenv("NCCL_NVLS_ENABLE", "0", 0);

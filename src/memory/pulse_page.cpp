@@ -25,7 +25,7 @@ namespace troupe::memory {
 namespace {
 
 constexpr std::uint64_t page_magic = 0x45534c5550505254; // "TRPPULSE" in memory
-constexpr std::uint32_t page_version = 3;
+constexpr std::uint32_t page_version = 4;
 constexpr std::size_t cache_line = 64;
 
 /// A counter on a cache line of its own.
@@ -43,6 +43,25 @@ struct alignas(cache_line) activity::line {
   std::array<char, pulse::max_name_bytes + 1> name{};
 };
 
+/// What a process ends of. `is_taken` is for its threads, `is_said` for its parent.
+struct alignas(cache_line) testament {
+  std::atomic<std::uint32_t> is_taken{0};
+  std::atomic<std::uint32_t> is_said{0};
+  std::array<char, pulse::max_word_bytes + 1> words{};
+
+  void say(std::string_view name, std::string_view text) {
+    if (is_taken.exchange(1, std::memory_order_relaxed) != 0)
+      return;
+    std::size_t at = 0;
+    for (auto part : {name, std::string_view(name.empty() ? "" : ": "), text}) {
+      const auto count = std::min(part.size(), pulse::max_word_bytes - at);
+      std::memcpy(words.data() + at, part.data(), count);
+      at += count;
+    }
+    is_said.store(1, std::memory_order_release);
+  }
+};
+
 /// The page as both processes see it. Fixed: a parent may read children of another build.
 struct pulse_page::mapping {
   struct layout {
@@ -53,6 +72,7 @@ struct pulse_page::mapping {
     counter beat_thread; // its id
     counter control;
     alignas(cache_line) life_line life;
+    testament last_words;
     std::array<activity::line, pulse::max_activities> activities;
   };
 
@@ -142,8 +162,23 @@ void pulse_page::sample(pulse_sample& into) const {
   into.activities.resize(count);
 }
 
+std::string pulse_page::last_words() const {
+  const auto& said = mapped_->page->last_words;
+  if (said.is_said.load(std::memory_order_acquire) == 0)
+    return {};
+  std::string result(said.words.data(), ::strnlen(said.words.data(), said.words.size()));
+  // They go to terminals, logs and messages, where anything else than a line of text does harm.
+  for (char& c : result)
+    if (c < ' ' || c > '~')
+      c = ' ';
+  return result;
+}
+
 void pulse_page::reset() {
   auto& page = *mapped_->page;
+  page.last_words.words.fill('\0');
+  page.last_words.is_said.store(0, std::memory_order_relaxed);
+  page.last_words.is_taken.store(0, std::memory_order_relaxed);
   for (auto& line : page.activities) {
     line.state.store(activity_state::none, std::memory_order_relaxed);
     line.progress.store(0, std::memory_order_relaxed);
@@ -154,7 +189,13 @@ void pulse_page::reset() {
   page.beat.value.store(0, std::memory_order_release);
 }
 
-activity::activity(std::shared_ptr<line> line) : line_(std::move(line)) {}
+activity::activity(std::shared_ptr<pulse_page::mapping> mapped, line& line)
+  : mapped_(std::move(mapped)), line_(&line) {}
+
+void activity::last_words(std::string_view words) const {
+  if (line_ != nullptr)
+    mapped_->page->last_words.say(line_->name.data(), words);
+}
 
 void activity::computing() {
   // Progress first: who sees the state sees that it has just begun.
@@ -276,6 +317,11 @@ void pulse::answered() {
     ;
 }
 
+void pulse::last_words(std::string_view words) {
+  if (state_->mapped)
+    state_->mapped->page->last_words.say({}, words);
+}
+
 void pulse::leave() {
   if (state_->mapped)
     state_->mapped->page->life.let_go();
@@ -291,7 +337,7 @@ expected<activity> pulse::add(std::string_view name) {
   auto& line = state_->mapped->page->activities[state_->num_activities++];
   std::memcpy(line.name.data(), name.data(), std::min(name.size(), max_name_bytes));
   line.state.store(activity_state::idle, std::memory_order_release);
-  return activity(std::shared_ptr<activity::line>(state_->mapped, &line));
+  return activity(state_->mapped, line);
 }
 
 } // namespace troupe::memory

@@ -57,10 +57,13 @@ public:
   /// The parent's side. Allocation-free once `into` has its size. Believes nothing that a process
   /// gone mad may have written.
   void sample(pulse_sample& into) const;
+  /// What the child said that it ends of; empty: nothing.
+  std::string last_words() const;
   /// Wipes the page for the next process that inherits it; the one before must be gone.
   void reset();
 
 private:
+  friend class activity;
   friend class pulse;
   struct mapping;
   explicit pulse_page(std::shared_ptr<mapping> mapped);
@@ -82,14 +85,18 @@ public:
   /// The counter itself, for kernels to count chunks in; never null. Valid as long as a copy of
   /// this activity is.
   std::atomic<std::uint64_t>* counter() const;
+  /// What the process is about to end of, for its parent to report: `pulse::last_words` with the
+  /// name of this activity in front.
+  void last_words(std::string_view words) const;
 
 private:
   friend class pulse;
   friend class pulse_page;
   struct line;
-  explicit activity(std::shared_ptr<line> line);
+  activity(std::shared_ptr<pulse_page::mapping> mapped, line& line);
   void set(activity_state s);
-  std::shared_ptr<line> line_;
+  std::shared_ptr<pulse_page::mapping> mapped_;
+  line* line_ = nullptr;
 };
 
 /// The child's side: beats on a thread of its own from construction to destruction, so it is the
@@ -97,7 +104,8 @@ private:
 class pulse {
 public:
   static constexpr std::size_t max_activities = 32;
-  static constexpr std::size_t max_name_bytes = 47; ///< longer names are cut
+  static constexpr std::size_t max_name_bytes = 47;  ///< longer names are cut
+  static constexpr std::size_t max_word_bytes = 503; ///< longer last words are cut
 
   /// `fd` < 0: no page; everything here then does nothing. `interval`: between two beats. Each beat
   /// calls `knock` (once it is set), which makes an actor call `answered` if actors still run.
@@ -114,6 +122,10 @@ public:
   /// The process is about to end in good order: its parent will hear of it when it is gone, and not
   /// by its life line. Any thread.
   void leave();
+
+  /// What the process is about to end of, for its parent to report. Of several, the first counts:
+  /// the others may be its consequences. Any thread; takes effect at once.
+  void last_words(std::string_view words);
 
   /// Any thread. Fails with resource_exhausted after max_activities.
   expected<activity> add(std::string_view name);

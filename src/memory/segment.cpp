@@ -66,6 +66,13 @@ expected<segment> segment::map(unique_fd owned, std::size_t bytes) {
   return segment(std::move(owned), bytes, static_cast<std::byte*>(data));
 }
 
+expected<segment> segment::create_mapped(const std::string& name, std::size_t bytes) {
+  auto made = create(name, bytes);
+  if (!made)
+    return made;
+  return map(std::move(made->fd_), bytes);
+}
+
 expected<segment> segment::attach_from(std::uint32_t pid, int fd, std::size_t bytes) {
   auto path = fmt::format("/proc/{}/fd/{}", pid, fd);
   auto refuse = [&](const std::string& why) {

@@ -20,6 +20,9 @@ public:
   /// Fails with resource_exhausted.
   static expected<segment> create(const std::string& name, std::size_t bytes);
 
+  /// The same, mapped, for a process that uses it itself beside those that attach.
+  static expected<segment> create_mapped(const std::string& name, std::size_t bytes);
+
   /// Maps descriptor `fd` of process `pid`, which the caller may trace or which belongs to the same
   /// user. Fails with io_failed, naming both, when there is no such memory of `bytes`.
   static expected<segment> attach_from(std::uint32_t pid, int fd, std::size_t bytes);
@@ -31,7 +34,7 @@ public:
   int fd() const { return fd_.get(); }
   std::size_t size() const { return size_; }
 
-  /// The mapping; empty for a created segment, which its owner does not touch.
+  /// The mapping; empty for what `create` made, which its owner does not touch.
   std::span<std::byte> bytes() const { return {data_, data_ == nullptr ? 0 : size_}; }
 
 private:

@@ -44,14 +44,10 @@ std::size_t index_of(listener who) {
 } // namespace
 
 expected<doorbell> doorbell::open() {
-  auto made = memory::segment::create("troupe-doorbell", sizeof(bell_memory));
+  auto made = memory::segment::create_mapped("troupe-doorbell", sizeof(bell_memory));
   if (!made)
     return tl::unexpected(std::move(made).error());
-  const auto pid = static_cast<std::uint32_t>(::getpid());
-  auto mapped = memory::segment::attach_from(pid, made->fd(), sizeof(bell_memory));
-  if (!mapped)
-    return tl::unexpected(std::move(mapped).error());
-  doorbell result{std::move(*mapped)};
+  doorbell result{std::move(*made)};
   for (std::size_t i = 0; i < result.read_ends_.size(); ++i) {
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0)
@@ -63,7 +59,7 @@ expected<doorbell> doorbell::open() {
   }
   auto& place = result.place_;
   place.set_host(host());
-  place.set_pid(pid);
+  place.set_pid(static_cast<std::uint32_t>(::getpid()));
   place.set_doorbell(static_cast<std::uint32_t>(result.memory_.fd()));
   place.set_background_bell(static_cast<std::uint32_t>(result.read_ends_[0].get()));
   place.set_foreground_bell(static_cast<std::uint32_t>(result.read_ends_[1].get()));

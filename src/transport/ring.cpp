@@ -5,8 +5,6 @@
 #include <cstring>
 #include <utility>
 
-#include <unistd.h>
-
 namespace troupe::transport {
 
 namespace {
@@ -38,14 +36,10 @@ std::span<std::byte> from(const memory::segment& memory, std::uint64_t count) {
 } // namespace
 
 expected<ring_writer> ring_writer::create(const std::string& name) {
-  auto made = memory::segment::create(name, memory_bytes);
+  auto made = memory::segment::create_mapped(name, memory_bytes);
   if (!made)
     return tl::unexpected(std::move(made).error());
-  auto mapped =
-    memory::segment::attach_from(static_cast<std::uint32_t>(::getpid()), made->fd(), memory_bytes);
-  if (!mapped)
-    return tl::unexpected(std::move(mapped).error());
-  return ring_writer{std::move(*mapped)};
+  return ring_writer{std::move(*made)};
 }
 
 bool ring_writer::is_attached() const {

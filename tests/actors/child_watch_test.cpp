@@ -71,6 +71,19 @@ TEST_CASE("a child that has beaten and stops is judged after its patience") {
   CHECK(watch->verdict().find("no beat for") == 0);
 }
 
+TEST_CASE("a child that says what it ends of is believed") {
+  child_spec spec;
+  auto watch = child_watch::begin(spec, 800ms);
+  REQUIRE(watch);
+  child_exit exit;
+  exit.status = 3;
+  CHECK(watch->cause_of(exit) == "exited with code 3");
+  auto pulse = memory::pulse::start(::dup(spec.inherited_fds.at(0)), 1h);
+  REQUIRE(pulse);
+  (*pulse)->last_words("the device failed");
+  CHECK(watch->cause_of(exit) == "exited with code 3: the device failed");
+}
+
 TEST_CASE("a short patience does not make a parent look all the time") {
   CHECK(child_watch::interval(800ms) == 100ms);
   CHECK(child_watch::interval(16ms) == 10ms);

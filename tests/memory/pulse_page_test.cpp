@@ -177,9 +177,11 @@ TEST_CASE("the page is wiped for the next process") {
     (*heart)->on_beat([] {});
     auto stage = (*heart)->add("a stage with a long name");
     stage->computing();
+    stage->last_words("gone");
     REQUIRE(eventually([&] { return look(*page).beat > 0; }));
   }
   page->reset();
+  CHECK(page->last_words().empty());
   auto sample = look(*page);
   CHECK(sample.beat == 0);
   CHECK(sample.control == 0);
@@ -210,6 +212,31 @@ TEST_CASE("activities are bounded and their names are cut") {
   CHECK(sample.activities[31].name == "a31");
 }
 
+TEST_CASE("the first of the last words count, and are there however the process ends") {
+  auto page = pulse_page::create();
+  REQUIRE(page);
+  CHECK(page->last_words().empty());
+  const pid_t dying = ::fork();
+  if (dying == 0) {
+    auto heart = pulse::start(::dup(page->fd()), 1h);
+    auto stage = (*heart)->add("replica-0/stage-1");
+    stage->last_words("the device failed:\n\x1b[31mout of order\xff");
+    (*heart)->last_words("an actor died");
+    ::kill(::getpid(), SIGKILL);
+  }
+  ::waitpid(dying, nullptr, 0);
+  CHECK(page->last_words() == "replica-0/stage-1: the device failed:  [31mout of order ");
+}
+
+TEST_CASE("last words are cut") {
+  auto page = pulse_page::create();
+  REQUIRE(page);
+  auto heart = pulse::start(::dup(page->fd()), 1h);
+  REQUIRE(heart);
+  (*heart)->last_words(std::string(2000, 'x'));
+  CHECK(page->last_words() == std::string(pulse::max_word_bytes, 'x'));
+}
+
 TEST_CASE("a name is seen whole or not at all") {
   auto page = pulse_page::create();
   REQUIRE(page);
@@ -237,12 +264,14 @@ TEST_CASE("a process without a page works the same") {
   auto heart = pulse::start(-1, 1ms);
   REQUIRE(heart);
   (*heart)->on_beat([] { FAIL("nobody asks"); });
+  (*heart)->last_words("nobody hears");
   (*heart)->answered();
   for (std::size_t i = 0; i < 2 * pulse::max_activities; ++i) {
     auto stage = (*heart)->add("stage");
     REQUIRE(stage);
     stage->computing();
     stage->tick();
+    stage->last_words("nobody hears");
     REQUIRE(stage->counter() != nullptr);
   }
 }
@@ -282,5 +311,6 @@ TEST_CASE("a page that a process gone mad wrote over is read without harm") {
     CHECK(activity.name.size() <= pulse::max_name_bytes + 1);
     CHECK(activity.state == activity_state::idle);
   }
+  CHECK(page->last_words() == std::string(pulse::max_word_bytes + 1, ' '));
   ::munmap(raw, 4096);
 }

@@ -29,12 +29,11 @@ TEST_CASE("what one process wrote is there for the next, however the first ended
 }
 
 TEST_CASE("memory is opened through the process that owns it, and told from anything else") {
-  auto owner = segment::create("troupe-test", 4096);
+  auto owner = segment::create_mapped("troupe-test", 4096);
   REQUIRE(owner);
+  REQUIRE(owner->bytes().size() == 4096);
+  owner->bytes()[7] = std::byte{7};
   auto self = static_cast<std::uint32_t>(::getpid());
-  auto mine = segment::attach_from(self, owner->fd(), 4096);
-  REQUIRE(mine);
-  mine->bytes()[7] = std::byte{7};
   auto other = segment::attach_from(self, owner->fd(), 4096);
   REQUIRE(other);
   CHECK(other->bytes()[7] == std::byte{7});

@@ -77,8 +77,11 @@ TEST_CASE("a process whose device failed ends by itself and is replaced") {
   CHECK(result.code == 0);
   REQUIRE(result.figures.is_object());
   REQUIRE(result.figures["runs"].size() == 2);
-  for (const auto& run : result.figures["runs"])
-    CHECK(run["recoveries"].size() == 1);
+  for (const auto& run : result.figures["runs"]) {
+    REQUIRE(run["recoveries"].size() == 1);
+    CHECK_THAT(run["recoveries"][0]["cause"].get<std::string>(),
+               Catch::Contains("expert-group-0/copy-0: the device failed"));
+  }
 }
 
 TEST_CASE("several drills in one call make one table") {

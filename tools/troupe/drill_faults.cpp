@@ -36,6 +36,12 @@ bool matches_side(const std::vector<std::string>& side, const std::string& name)
   });
 }
 
+bool breaks_device(faults::kind what) {
+  using faults::kind;
+  return what == kind::device_error || what == kind::device_misaligned || what == kind::device_trap
+         || what == kind::device_assert;
+}
+
 } // namespace
 
 std::string fault_injector::send(const drill::resolved_target& to, int signal_number) {
@@ -167,6 +173,10 @@ drill::injection fault_injector::inject(const drill::event& what,
     rule.seed = random.next();
     made.note = add_rule(rule, open);
     made.expects_hits = true;
+    // It may compute on for a while, and its successor be there soon after: until then all looks
+    // well.
+    if (breaks_device(rule.what))
+      open.ends = ended_process{to->name, to->pid};
     if (!lasts)
       open.due_ns = made.t0_ns + ns(rule.count > 0 ? counted_lasts : rule_lasts);
     break;
@@ -199,6 +209,8 @@ void fault_injector::undo_due(std::vector<drill::injection>& injections, bool al
       return false;
     for (auto rule : open.rules)
       board_.remove(rule);
+    if (open.ends && hits > 0)
+      ended_.push_back(*open.ends);
     for (int pid : open.stopped)
       if (cluster_.owns(pid))
         ::kill(pid, SIGCONT);

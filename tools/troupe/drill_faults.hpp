@@ -6,6 +6,7 @@
 #include "troupe/drill/outcome.hpp"
 #include "troupe/drill/timetable.hpp"
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,16 +33,17 @@ public:
   int ended_pid(const std::string& name) const;
 
 private:
+  struct ended_process {
+    std::string name;
+    int pid = 0;
+  };
   struct open_fault {
     std::size_t injection = 0; ///< in order of injecting within the run
     std::int64_t due_ns = 0;
     std::vector<std::size_t> rules;
     std::uint32_t count = 0; ///< of hits after which a rule is over
     std::vector<int> stopped;
-  };
-  struct ended_process {
-    std::string name;
-    int pid = 0;
+    std::optional<ended_process> ends; ///< who cannot go on once a rule has struck
   };
 
   std::string send(const drill::resolved_target& to, int signal_number);

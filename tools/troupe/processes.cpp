@@ -1,6 +1,6 @@
 #include "commands.hpp"
 
-#include "troupe/actors/gpu.hpp"
+#include "troupe/actors/gpu_device.hpp"
 #include "troupe/actors/runtime.hpp"
 #include "troupe/base/fault_point.hpp"
 #include "troupe/base/identity.hpp"

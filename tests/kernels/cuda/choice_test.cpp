@@ -155,6 +155,13 @@ void check_tokens(std::initializer_list<int> vocabularies, int rows) {
 
 } // namespace
 
+/// Few enough for racecheck, which takes its time for every access to shared memory.
+TEST_CASE("tokens of a small vocabulary are drawn as the reference draws them", "[drawn]") {
+  if (gpu() != nullptr) {
+    check_tokens({257}, 6);
+  }
+}
+
 TEST_CASE("tokens are drawn as the reference draws them", "[large]") {
   if (gpu() != nullptr) {
     check_tokens({1003}, 18);

@@ -1,0 +1,124 @@
+#include "deterministic.hpp"
+
+#include "troupe/actors/gpu.hpp"
+
+#include <catch2/catch.hpp>
+
+#include <atomic>
+#include <chrono>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+using namespace troupe;
+using namespace std::chrono_literals;
+using actors::device_watch;
+using actors::gpu;
+
+namespace {
+
+/// A device that takes the time that it is told.
+struct slow_device {
+  std::shared_ptr<std::atomic<std::uint64_t>> current =
+    std::make_shared<std::atomic<std::uint64_t>>(0);
+  std::uint64_t num_waits = 0;
+  std::chrono::nanoseconds longest{};
+
+  std::shared_ptr<device_watch> watch(memory::activity pulse = {}) {
+    return std::make_shared<device_watch>(
+      "replica-0/stage-0", std::move(pulse),
+      actors::device_waits{current, [this] { return std::exchange(longest, {}); }},
+      gpu::look_interval);
+  }
+  void begin(device_watch& watch) {
+    watch.begin({4, 4000});
+    *current = ++num_waits;
+  }
+  void end(device_watch& watch, std::chrono::nanoseconds took) {
+    *current = 0;
+    longest = took;
+    watch.end();
+  }
+};
+
+/// A GPU in virtual time, and who computes with it.
+struct watched_gpu : test::deterministic_system {
+  slow_device device;
+  std::shared_ptr<device_watch> watch = device.watch();
+  std::vector<std::chrono::nanoseconds> overdue;
+  actors::gpu_actor looking =
+    self->spawn<gpu>(nullptr, std::vector{watch},
+                     [this](const device_watch&, auto limit) { overdue.push_back(limit); });
+
+  void pass(std::chrono::nanoseconds time) {
+    run();
+    for (; time > 0ns; time -= gpu::look_interval)
+      advance(std::min<std::chrono::nanoseconds>(time, gpu::look_interval));
+  }
+  void compute(std::chrono::nanoseconds time) {
+    device.begin(*watch);
+    pass(time);
+    device.end(*watch, time);
+  }
+};
+
+} // namespace
+
+TEST_CASE("a GPU that stops answering is overdue, once enough is known of it") {
+  watched_gpu one;
+  one.compute(10s); // the first ones may take what they want
+  for (int i = 0; i < 200; ++i)
+    one.compute(1ms);
+  CHECK(one.overdue.empty());
+  one.device.begin(*one.watch);
+  one.pass(recovery::step_patience::least - gpu::look_interval);
+  CHECK(one.overdue.empty());
+  one.pass(3 * gpu::look_interval);
+  REQUIRE(!one.overdue.empty());
+  CHECK(one.overdue.front() == recovery::step_patience::least);
+}
+
+TEST_CASE("time between steps is no wait for a GPU, however long") {
+  watched_gpu one;
+  for (int i = 0; i < 200; ++i)
+    one.compute(1ms);
+  one.pass(1h);
+  one.compute(1ms);
+  CHECK(one.overdue.empty());
+}
+
+TEST_CASE("a GPU is allowed four times what steps of that size took of late") {
+  watched_gpu one;
+  for (int i = 0; i < 200; ++i)
+    one.compute(100ms);
+  one.compute(395ms);
+  CHECK(one.overdue.empty());
+  for (int i = 0; i < 200; ++i) // until that one is forgotten
+    one.compute(100ms);
+  one.compute(420ms);
+  REQUIRE(!one.overdue.empty());
+  CHECK(one.overdue.front() == 400ms);
+}
+
+TEST_CASE("a process whose device is stuck ends with a code of its own, and says why") {
+  auto page = memory::pulse_page::create();
+  REQUIRE(page);
+  const auto pid = ::fork();
+  REQUIRE(pid >= 0);
+  if (pid == 0) {
+    slow_device device;
+    auto pulse = memory::pulse::start(::dup(page->fd()), 1ms);
+    const auto watch = device.watch(*(*pulse)->add("replica-0/stage-0"));
+    device_watch::end_process(*watch, 20ms);
+  }
+  int status = 0;
+  REQUIRE(::waitpid(pid, &status, 0) == pid);
+  REQUIRE(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == actors::exit_device_stuck);
+  CHECK(
+    page->last_words().find("replica-0/stage-0: the device has not answered for more than 20 ms")
+    == 0);
+}
