@@ -23,14 +23,14 @@ std::string source_directory() {
 /// Operations of ranks that compute together, each on a GPU of its own as far as there are any.
 class gpu_ranks {
 public:
-  explicit gpu_ranks(std::int32_t size, kernels::numerics mode = kernels::numerics::fast,
-                     std::chrono::milliseconds deadline = std::chrono::seconds(2)) {
+  explicit gpu_ranks(std::int32_t size, kernels::numerics mode = kernels::numerics::fast) {
     std::vector<std::int32_t> devices;
     for (std::int32_t rank = 0; rank < size; ++rank)
       devices.push_back(rank % kernels::cuda::num_devices());
     std::string error;
-    const auto group = kernels::cuda::make_gpu_rank_group(
-      devices, 2048, 2048, error, deadline, kernels::cuda::sum_transport::automatic, mode);
+    const auto group =
+      kernels::cuda::make_gpu_rank_group(devices, 2048, 2048, error, std::chrono::seconds(2),
+                                         kernels::cuda::sum_transport::automatic, mode);
     INFO(error);
     REQUIRE(group != nullptr);
     for (std::int32_t rank = 0; rank < size; ++rank) {
@@ -91,9 +91,6 @@ public:
       kv.push_back(kv_.back().get());
       models.push_back(std::move(*model));
     }
-    if (num_ranks > 1)
-      for (auto& model : models) // memory that is taken later may wait for another rank
-        REQUIRE(model->rehearse(num_pages, page_tokens));
     group_ = std::make_unique<stage_group>(std::move(models));
     group_->attach_kv(kv, num_pages, page_tokens);
   }
@@ -396,42 +393,24 @@ TEST_CASE("exact numerics: golden log-probabilities at every position of every r
   CHECK(exact->failure().empty());
 }
 
-/// Each reference that has heads enough, on two ranks of its own.
-void check_references_on_two_ranks(std::chrono::milliseconds deadline, bool records) {
-  for (const auto& name : references) {
-    const auto config = load_model_config(source_directory() + "/" + name);
-    REQUIRE(config);
-    if (!rank_config(*config, 0, 2))
-      continue;
-    DYNAMIC_SECTION(name) {
-      gpu_ranks ranks(2, kernels::numerics::exact, deadline);
-      check_every_position(name, ranks.all);
-      CHECK((ranks.num_repeated_steps() > 0) == records);
-      CHECK(ranks.failures().empty());
-    }
-  }
-}
-
 TEST_CASE("exact numerics on two ranks: golden log-probabilities at every position",
           "[model][exact]") {
   if (gpu() == nullptr)
     return;
   if (kernels::cuda::num_devices() < 2) {
     WARN("skipped: there are not 2 GPUs here");
-    return;
+    return; // ranks that share a GPU keep each other from running
   }
-  check_references_on_two_ranks(std::chrono::seconds(2), true);
-}
-
-/// Not among the others: ranks that share a GPU keep each other from running when one of them asks
-/// the driver for memory, as a second model in the same process does. One model a process, named
-/// with -c.
-TEST_CASE("exact numerics on two ranks that share a GPU", "[.][model][shared]") {
-  if (gpu() == nullptr)
-    return;
-  ::setenv("TROUPE_CUDA_GRAPHS", "off", 1);
-  check_references_on_two_ranks(std::chrono::seconds(10), false);
-  ::unsetenv("TROUPE_CUDA_GRAPHS");
+  gpu_ranks ranks(2, kernels::numerics::exact);
+  for (const auto& name : references) {
+    const auto config = load_model_config(source_directory() + "/" + name);
+    REQUIRE(config);
+    if (rank_config(*config, 0, 2))
+      check_every_position(name, ranks.all);
+  }
+  CHECK(ranks.num_repeated_steps() > 0);
+  check_conversations(ranks.all);
+  CHECK(ranks.failures().empty());
 }
 
 TEST_CASE("drafts and logits of recorded steps are those of steps as they stand", "[model]") {
