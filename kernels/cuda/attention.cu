@@ -8,9 +8,14 @@ namespace troupe::kernels::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
 constexpr int kKeysOfTile = 64;
+
+/// Threads of a block, and keys that a warp has under way. Float32 is only ever computed here, so
+/// one row of a long sequence is worth more of the GPU.
+template <class T>
+constexpr int kThreads = std::is_same_v<T, float> ? 512 : 128;
+template <class T>
+constexpr int kKeysOfWarp = std::is_same_v<T, float> ? 4 : 1;
 
 /// What one row and head attends with, whichever the kind of attention.
 template <class T>
@@ -28,6 +33,8 @@ struct query {
 template <class T>
 __device__ void attend(const query<T>& q, std::int32_t row, float scale, const device_batch& batch,
                        const pages_of<T>& pages, T* out) {
+  constexpr int kNumThreads = kThreads<T>;
+  constexpr int kKeys = kKeysOfWarp<T>;
   extern __shared__ float memory[];
   const std::int32_t key_width = q.first_width + q.second_width;
   float* query_values = memory;           // [key_width]
@@ -36,10 +43,10 @@ __device__ void attend(const query<T>& q, std::int32_t row, float scale, const d
   __shared__ float block_memory[32];
   __shared__ std::int64_t places[kKeysOfTile];
 
-  for (std::int32_t k = threadIdx.x; k < key_width; k += kThreads) {
+  for (std::int32_t k = threadIdx.x; k < key_width; k += kNumThreads) {
     query_values[k] = load(k < q.first_width ? q.first + k : q.second + (k - q.first_width));
   }
-  for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
+  for (std::int32_t k = threadIdx.x; k < q.value_width; k += kNumThreads) {
     sums[k] = 0.0F;
   }
   const std::int32_t length = batch.positions[row] + 1;
@@ -48,44 +55,55 @@ __device__ void attend(const query<T>& q, std::int32_t row, float scale, const d
   for (std::int32_t first = 0; first < length; first += kKeysOfTile) {
     const std::int32_t count = min(kKeysOfTile, length - first);
     __syncthreads();
-    for (std::int32_t j = threadIdx.x; j < count; j += kThreads) {
+    for (std::int32_t j = threadIdx.x; j < count; j += kNumThreads) {
       places[j] = place_of(batch, pages, row, first + j);
     }
     __syncthreads();
-    for (std::int32_t j = threadIdx.x / 32; j < count; j += kWarps) {
-      const T* key = pages.data + places[j] + q.key_offset;
-      float dot = 0.0F;
-      for (std::int32_t k = threadIdx.x % 32; k < key_width; k += 32) {
-        dot = fmaf(query_values[k], load(key + k), dot);
+    for (std::int32_t j = threadIdx.x / 32 * kKeys; j < count; j += kNumThreads / 32 * kKeys) {
+      const T* keys[kKeys];
+      float dots[kKeys] = {};
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        keys[i] = pages.data + places[min(j + i, count - 1)] + q.key_offset;
       }
-      dot = warp_sum(dot);
-      if (threadIdx.x % 32 == 0) {
-        scores[j] = dot * scale;
+      for (std::int32_t k = threadIdx.x % 32; k < key_width; k += 32) {
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+          dots[i] = fmaf(query_values[k], load(keys[i] + k), dots[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        const float dot = warp_sum(dots[i]);
+        if (threadIdx.x % 32 == 0 && j + i < count) {
+          scores[j + i] = dot * scale;
+        }
       }
     }
     __syncthreads();
     float best = -INFINITY;
-    for (std::int32_t j = threadIdx.x; j < count; j += kThreads) {
+    for (std::int32_t j = threadIdx.x; j < count; j += kNumThreads) {
       best = fmaxf(best, scores[j]);
     }
     best = fmaxf(largest, block_max(best, block_memory));
     const float shrink = largest == -INFINITY ? 0.0F : expf(largest - best);
     float part = 0.0F;
-    for (std::int32_t j = threadIdx.x; j < count; j += kThreads) {
+    for (std::int32_t j = threadIdx.x; j < count; j += kNumThreads) {
       scores[j] = expf(scores[j] - best);
       part += scores[j];
     }
     total = total * shrink + block_sum(part, block_memory);
     largest = best;
-    for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
+    for (std::int32_t k = threadIdx.x; k < q.value_width; k += kNumThreads) {
       float sum = sums[k] * shrink;
+#pragma unroll(4 * kKeys)
       for (std::int32_t j = 0; j < count; ++j) {
         sum = fmaf(scores[j], load(pages.data + places[j] + q.value_offset + k), sum);
       }
       sums[k] = sum;
     }
   }
-  for (std::int32_t k = threadIdx.x; k < q.value_width; k += kThreads) {
+  for (std::int32_t k = threadIdx.x; k < q.value_width; k += kNumThreads) {
     store(out + k, sums[k] / total);
   }
 }
@@ -95,7 +113,7 @@ std::size_t memory_of(std::int32_t key_width, std::int32_t value_width) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads<T>)
   latent_attention(rows_of<T> q_latent, rows_of<T> q_rope, std::int32_t q_rope_head_stride,
                    float scale, device_batch batch, pages_of<T> pages, rows_of<T> out) {
   const auto row = static_cast<std::int32_t>(blockIdx.y);
@@ -112,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads<T>)
   grouped_attention(rows_of<T> q_rows, std::int32_t heads_of_group, std::int32_t head_dim,
                     float scale, device_batch batch, pages_of<T> pages, rows_of<T> out) {
   const auto row = static_cast<std::int32_t>(blockIdx.y);
@@ -149,7 +167,7 @@ void launch_latent_attention(cudaStream_t stream, const rows_of<T>& q_latent,
   }
   const dim3 grid(num_heads, q_latent.num_rows);
   latent_attention<T>
-    <<<grid, kThreads, memory_of(pages.first_width + pages.second_width, pages.first_width),
+    <<<grid, kThreads<T>, memory_of(pages.first_width + pages.second_width, pages.first_width),
        stream>>>(q_latent, q_rope, q_rope_head_stride, scale, batch, pages, out);
 }
 
@@ -159,7 +177,7 @@ void launch_grouped_attention(cudaStream_t stream, const rows_of<T>& q, std::int
                               const pages_of<T>& pages, const rows_of<T>& out) {
   const dim3 grid(num_heads, q.num_rows);
   const std::int32_t head_dim = pages.first_width / num_kv_heads;
-  grouped_attention<T><<<grid, kThreads, memory_of(head_dim, head_dim), stream>>>(
+  grouped_attention<T><<<grid, kThreads<T>, memory_of(head_dim, head_dim), stream>>>(
     q, num_heads / num_kv_heads, head_dim, scale, batch, pages, out);
 }
 

@@ -12,25 +12,42 @@ constexpr int kWarps = kThreads / 32;
 
 // Pieces of weights as they are stored.
 
-__device__ void take_apart(const uint4& words, float (&values)[8], bf16) {
-  const std::uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    values[2 * j] = __uint_as_float(pairs[j] << 16);
-    values[2 * j + 1] = __uint_as_float(pairs[j] & 0xFFFF0000U);
+constexpr int words_of_piece(element_type type) {
+  switch (type) {
+  case element_type::f32: return 8;
+  case element_type::bf16:
+  case element_type::f16: return 4;
+  case element_type::i4: return 1;
+  default: return 2;
   }
 }
 
-__device__ void take_apart(const uint4& words, float (&values)[8], __half) {
-  const std::uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+template <element_type kType>
+struct raw_piece {
+  std::uint32_t words[words_of_piece(kType)];
+};
+
+template <element_type kType>
+__device__ raw_piece<kType> read_raw(const std::byte* row, std::int32_t piece) {
+  constexpr int kWords = words_of_piece(kType);
+  raw_piece<kType> raw;
+  if constexpr (kWords == 1) {
+    raw.words[0] = __ldg(reinterpret_cast<const std::uint32_t*>(row) + piece);
+  } else if constexpr (kWords == 2) {
+    const uint2 two = __ldg(reinterpret_cast<const uint2*>(row) + piece);
+    raw.words[0] = two.x;
+    raw.words[1] = two.y;
+  } else {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    __half2 pair;
-    memcpy(&pair, &pairs[j], 4);
-    const float2 both = __half22float2(pair);
-    values[2 * j] = both.x;
-    values[2 * j + 1] = both.y;
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(row) + (piece * kWords + i) / 4);
+      raw.words[i] = four.x;
+      raw.words[i + 1] = four.y;
+      raw.words[i + 2] = four.z;
+      raw.words[i + 3] = four.w;
+    }
   }
+  return raw;
 }
 
 /// A whole number below 2^23 as a float: 2^23 has the units of its fraction.
@@ -38,34 +55,28 @@ __device__ float small_number(std::uint32_t number) {
   return __uint_as_float(0x4B000000U | number) - 8388608.0F;
 }
 
-/// The elements of piece `piece` of a row, before scaling.
+/// The elements before scaling.
 template <element_type kType>
-__device__ void read_raw(const std::byte* row, std::int32_t piece, float (&values)[8]) {
-  if constexpr (kType == element_type::f32) {
-    const auto* from = reinterpret_cast<const float4*>(row) + 2 * piece;
-    const float4 low = __ldg(from);
-    const float4 high = __ldg(from + 1);
-    const float all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+__device__ void take_apart(const raw_piece<kType>& raw, float (&values)[8]) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      values[j] = all[j];
-    }
-  } else if constexpr (kType == element_type::bf16) {
-    take_apart(__ldg(reinterpret_cast<const uint4*>(row) + piece), values, bf16());
-  } else if constexpr (kType == element_type::f16) {
-    take_apart(__ldg(reinterpret_cast<const uint4*>(row) + piece), values, __half());
-  } else if constexpr (kType == element_type::i4) {
-    const std::uint32_t word = __ldg(reinterpret_cast<const std::uint32_t*>(row) + piece);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      values[j] = small_number(word >> (4 * j) & 15U);
-    }
-  } else {
-    const uint2 words = __ldg(reinterpret_cast<const uint2*>(row) + piece);
-    const std::uint32_t fours[2] = {words.x, words.y};
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      const std::uint32_t pair = fours[j / 4] >> (8 * (j % 4)) & 0xFFFFU;
+  for (int j = 0; j < 8; j += 2) {
+    if constexpr (kType == element_type::f32) {
+      values[j] = __uint_as_float(raw.words[j]);
+      values[j + 1] = __uint_as_float(raw.words[j + 1]);
+    } else if constexpr (kType == element_type::bf16) {
+      values[j] = __uint_as_float(raw.words[j / 2] << 16);
+      values[j + 1] = __uint_as_float(raw.words[j / 2] & 0xFFFF0000U);
+    } else if constexpr (kType == element_type::f16) {
+      __half2 pair;
+      memcpy(&pair, &raw.words[j / 2], 4);
+      const float2 both = __half22float2(pair);
+      values[j] = both.x;
+      values[j + 1] = both.y;
+    } else if constexpr (kType == element_type::i4) {
+      values[j] = small_number(raw.words[0] >> (4 * j) & 15U);
+      values[j + 1] = small_number(raw.words[0] >> (4 * j + 4) & 15U);
+    } else {
+      const std::uint32_t pair = raw.words[j / 4] >> (8 * (j % 4)) & 0xFFFFU;
       if constexpr (kType == element_type::i8) {
         values[j] = small_number((pair & 0xFFU) ^ 0x80U) - 128.0F;
         values[j + 1] = small_number(pair >> 8 ^ 0x80U) - 128.0F;
@@ -99,8 +110,7 @@ struct weight_row {
 };
 
 __device__ weight_row row_of(const exact_weight& w, std::int32_t row) {
-  const std::int64_t first =
-    std::int64_t{row / w.block_rows} * ((w.num_cols + w.block_cols - 1) / w.block_cols);
+  const std::int64_t first = std::int64_t{row / w.block_rows} * w.num_scale_cols;
   const bool has_scales = w.scales != nullptr;
   const bool has_zeros = w.zeros != nullptr;
   return {static_cast<const std::byte*>(w.data) + row * w.stride,
@@ -116,17 +126,16 @@ __device__ float scaled(float value, const weight_row& row, std::int32_t block) 
   return __fmul_rn(value, __ldg(row.scales + (block & row.scale_mask)));
 }
 
-/// Whether read_piece knows the weight.
+/// Whether multiply_few knows the weight.
 bool is_simple(const exact_weight& w) {
   return w.block_shift >= 0 && (is_narrow(w.type) || w.scales == nullptr);
 }
 
-/// The elements of a whole piece of a simple weight. There is no branch in it, so that a lane has
-/// several pieces on their way.
+/// The elements of a whole piece of a simple weight.
 template <element_type kType>
-__device__ void read_piece(const exact_weight& w, const weight_row& row, std::int32_t piece,
-                           float (&values)[8]) {
-  read_raw<kType>(row.data, piece, values);
+__device__ void expand(const exact_weight& w, const weight_row& row, std::int32_t piece,
+                       const raw_piece<kType>& raw, float (&values)[8]) {
+  take_apart<kType>(raw, values);
   if constexpr (is_narrow(kType)) {
     const std::int32_t block = piece * kExactPiece >> w.block_shift;
 #pragma unroll
@@ -136,11 +145,11 @@ __device__ void read_piece(const exact_weight& w, const weight_row& row, std::in
   }
 }
 
-/// The same of any piece of any weight, with zeros behind the last column.
+/// Those of any piece of any weight, with zeros behind the last column.
 template <element_type kType>
 __device__ void read_any_piece(const exact_weight& w, const weight_row& row, std::int32_t piece,
                                float (&values)[8]) {
-  read_raw<kType>(row.data, piece, values);
+  take_apart<kType>(read_raw<kType>(row.data, piece), values);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const std::int32_t col = piece * kExactPiece + j;
@@ -201,24 +210,41 @@ __global__ void __launch_bounds__(kThreads) multiply_few(const __grid_constant__
   }
   float parts[kRows][kCols] = {};
   const std::int32_t num_whole = w.num_cols / kExactPiece;
-#pragma unroll(kSums == 1 ? 4 : 1)
-  for (std::int32_t piece = lane; piece < num_whole; piece += kExactParts) {
-    float values[kCols][8];
+  // So many pieces of a column are on their way at a time.
+  constexpr int kAhead = kRows == 1 ? 8 / kCols : 2;
+  for (std::int32_t first = lane; first < num_whole; first += kAhead * kExactParts) {
+    raw_piece<kType> raw[kAhead][kCols];
 #pragma unroll
-    for (int c = 0; c < kCols; ++c) {
-      read_piece<kType>(w, weights[c], piece, values[c]);
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const auto* at = reinterpret_cast<const float4*>(from[r]) + 2 * piece;
-      const float4 low = at[0];
-      const float4 high = at[1];
-      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
       for (int c = 0; c < kCols; ++c) {
+        const std::int32_t piece = min(first + i * kExactParts, num_whole - 1);
+        raw[i][c] = read_raw<kType>(weights[c].data, piece);
+      }
+    }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          parts[r][c] = fmaf(x[j], values[c][j], parts[r][c]);
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int32_t piece = first + i * kExactParts;
+      if (piece >= num_whole) {
+        break;
+      }
+      float values[kCols][8];
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        expand<kType>(w, weights[c], piece, raw[i][c], values[c]);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const auto* at = reinterpret_cast<const float4*>(from[r]) + 2 * piece;
+        const float4 low = at[0];
+        const float4 high = at[1];
+        const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int c = 0; c < kCols; ++c) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            parts[r][c] = fmaf(x[j], values[c][j], parts[r][c]);
+          }
         }
       }
     }
@@ -413,7 +439,15 @@ void launch_type(cudaStream_t stream, const exact_args& args) {
     const dim3 grid(args.num_jobs, ceil_div(args.max_rows, kTile), ceil_div(args.max_cols, kTile));
     launch(stream, grid, kThreads, 0, multiply_many<kType>, args);
   } else if (args.max_rows == 1) {
-    launch_few<kType, 1, 1>(stream, args);
+    // A warp with several columns reads its row of x seldom, if there is enough work for all warps.
+    const auto num_cols = std::int64_t{args.max_cols} * args.num_jobs;
+    if (num_cols >= 16384) {
+      launch_few<kType, 1, 4>(stream, args);
+    } else if (num_cols >= 4096) {
+      launch_few<kType, 1, 2>(stream, args);
+    } else {
+      launch_few<kType, 1, 1>(stream, args);
+    }
   } else if (args.max_rows <= 4) {
     launch_few<kType, 4, 4>(stream, args);
   } else {

@@ -20,13 +20,14 @@ inline constexpr std::int32_t kFewExactRows = 16;
 /// be anything.
 struct exact_weight {
   const void* data = nullptr;
-  const float* scales = nullptr; ///< [ceil(num_rows / block_rows), ceil(num_cols / block_cols)]
+  const float* scales = nullptr;       ///< [ceil(num_rows / block_rows), num_scale_cols]
   const std::uint8_t* zeros = nullptr; ///< i4 only: as many; null stands for 8
   std::int64_t stride = 0;             ///< bytes from one row to the next
   std::int32_t num_rows = 0;
   std::int32_t num_cols = 0;
   std::int32_t block_rows = 1;
   std::int32_t block_cols = 1;
+  std::int32_t num_scale_cols = 1;
   std::int32_t block_shift = -1; ///< column c has scale c >> block_shift; -1: c / block_cols
   element_type type = element_type::f32;
 };

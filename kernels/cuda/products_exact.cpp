@@ -47,6 +47,7 @@ weight_matrix cuda_ops::place_exact(const weight_matrix& weight, const weight_ma
   w.num_cols = shape.num_cols;
   w.block_rows = std::max(shape.block_rows, 1);
   w.block_cols = std::max(shape.block_cols, 1);
+  w.num_scale_cols = ceil_div(w.num_cols, w.block_cols);
   w.block_shift = exact_block_shift(w.num_cols, w.block_cols);
   w.type = shape.type;
   placed->data = take_weight(static_cast<std::size_t>(w.num_rows * w.stride));

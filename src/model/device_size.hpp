@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-/// What a GPU needs for a model with either kind of numerics, known from its config alone, so that too little memory is found
-/// out before anything is read. Follows what kernels/cuda does with weights (`place`) and with
-/// scratch memory, and is a little above it.
+/// What a GPU needs for a model with either kind of numerics, known from its config alone, so that
+/// too little memory is found out before anything is read. Follows what kernels/cuda does with
+/// weights (`place`) and with scratch memory, and is a little above it.
 namespace troupe::model {
 
 /// What the weights of a part take as a GPU keeps them: rows and columns in whole tiles, wide where

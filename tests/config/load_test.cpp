@@ -448,8 +448,10 @@ TEST_CASE("GPUs compute fast where the file does not say, CPUs exactly") {
   CHECK(arithmetic_of(exact + gpus, {}) == config::numerics::exact);
   CHECK(arithmetic_of(fast + gpus, {}) == config::numerics::fast);
   CHECK(arithmetic_of(model_line + gpus, {"model.numerics=exact"}) == config::numerics::exact);
-  CHECK(arithmetic_of(model_line, {"nodes[0].devices=['cuda:0']"}) == config::numerics::fast);
-  CHECK(arithmetic_of(exact, {"nodes[0].devices=['cuda:0']"}) == config::numerics::exact);
+  const std::string cpus = "nodes: [{devices: [cpu]}]\n";
+  const std::vector<std::string> on_gpus{"nodes[0].devices=['cuda:0']"};
+  CHECK(arithmetic_of(model_line + cpus, on_gpus) == config::numerics::fast);
+  CHECK(arithmetic_of(exact + cpus, on_gpus) == config::numerics::exact);
 }
 
 TEST_CASE("what cannot run yet is refused by name") {

@@ -189,6 +189,82 @@ TEST_CASE("a successor finds weights where its predecessor left them, those in 8
   CHECK(left[2].type == element_type::i8);
 }
 
+namespace {
+
+/// What identical rows make of an exact weight.
+kernel_tests::matrix product_of(kernels::cuda::gpu_ops& device, const weight_matrix& placed) {
+  std::mt19937 random(9);
+  const auto x = kernel_tests::random_matrix(3, placed.num_cols, random);
+  const kernel_tests::gpu_rows input(x, 0, device), out(3, placed.num_rows, 0, device);
+  device.linear(input.view(), placed, out.view());
+  return out.read();
+}
+
+} // namespace
+
+TEST_CASE("exact weights made by the GPU are those of the host", "[exact]") {
+  if (gpu() == nullptr)
+    return;
+  auto& device = *kernel_tests::exact_gpu();
+  for (const auto& quantization : {nlohmann::json(), kFp8, int8_of(128), int8_of(96)}) {
+    CAPTURE(quantization.dump());
+    auto source = source_of(quantization);
+    const auto made = find(source, quantization, kUp, 200, 384, weight_loading::recipe);
+    const auto stored = find(source, quantization, kUp, 200, 384, weight_loading::load);
+    const auto product = product_of(device, device.place(made.view()));
+    CHECK(kernel_tests::same_bits(product, product_of(device, device.place(stored.view()))));
+    CHECK(product.data != kernel_tests::matrix(3, 200).data);
+    const auto narrow = [&](const weight_matrix& w) {
+      return product_of(device, device.place(w, weight_use::int8_product));
+    };
+    CHECK(kernel_tests::same_bits(narrow(made.view()), narrow(stored.view())));
+  }
+  CHECK(device.failure().empty());
+}
+
+TEST_CASE("a successor with exact numerics knows how wide its predecessor's weights are",
+          "[exact]") {
+  if (gpu() == nullptr)
+    return;
+  std::mt19937 random(10);
+  const auto wide = kernel_tests::random_weight(element_type::f32, 70, 90, random);
+  const auto halves = kernel_tests::random_weight(element_type::f16, 40, 100, random);
+  const auto narrow = kernel_tests::random_weight(element_type::f8_e4m3, 130, 200, random, true);
+  const auto kept = std::make_shared<kept_memory>();
+  std::vector<weight_matrix> left, found;
+  std::vector<kernel_tests::matrix> products;
+  std::vector<std::unique_ptr<kernels::cuda::gpu_ops>> owners; // placed weights live as long
+  for (auto* all : {&left, &found}) {
+    std::string error;
+    auto& ops = owners.emplace_back(
+      kernels::cuda::make_cuda_ops(0, error, nullptr, kept, nullptr, 0, kernels::numerics::exact));
+    REQUIRE(ops != nullptr);
+    for (const auto* w : {&wide, &halves, &narrow}) {
+      auto view = w->view;
+      if (all == &found) { // of which only the shape is known, see weight_store::keep_shape
+        view.data = nullptr;
+        view.type = view.scales != nullptr ? view.type : element_type::bf16;
+      }
+      all->push_back(ops->place(view));
+      products.push_back(product_of(*ops, all->back()));
+    }
+    all->push_back(
+      ops->place(all == &left ? halves.view : weight_matrix{nullptr, element_type::f16, 40, 100},
+                 weight_use::stored));
+    ops->synchronise();
+    CHECK(ops->failure().empty());
+    kept->fill();
+  }
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    CAPTURE(i);
+    CHECK(found[i].type == left[i].type);
+    CHECK(found[i].data == left[i].data);
+    if (i < 3)
+      CHECK(kernel_tests::same_bits(products[i], products[i + 3]));
+  }
+  CHECK(left[3].type == element_type::f32);
+}
+
 TEST_CASE("a large weight that the GPU rounds in parts is whole", "[large]") {
   if (gpu() == nullptr)
     return;
