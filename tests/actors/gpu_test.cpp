@@ -53,6 +53,11 @@ struct watched_gpu : test::deterministic_system {
     self->spawn<gpu>(nullptr, std::vector{watch},
                      [this](const device_watch&, auto limit) { overdue.push_back(limit); });
 
+  ~watched_gpu() {
+    self->send_exit(looking, caf::exit_reason::kill);
+    run();
+  }
+
   void pass(std::chrono::nanoseconds time) {
     run();
     for (; time > 0ns; time -= gpu::look_interval)
@@ -85,7 +90,7 @@ TEST_CASE("time between steps is no wait for a GPU, however long") {
   watched_gpu one;
   for (int i = 0; i < 200; ++i)
     one.compute(1ms);
-  one.pass(1h);
+  one.advance(1h);
   one.compute(1ms);
   CHECK(one.overdue.empty());
 }
