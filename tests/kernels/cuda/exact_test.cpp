@@ -60,23 +60,14 @@ const format kFormats[] = {
   {element_type::i4, 1, 32},
 };
 
-/// Rows and columns, and their order, in which products are asked for.
-const std::pair<int, int> kShapes[] = {{64, 128}, {130, 200}, {33, 100},   {3, 5},
-                                       {257, 77}, {40, 1031}, {576, 7168}, {2112, 512}};
-
-} // namespace
-
-TEST_CASE("exact products are those of the CPU, the same bits for a row in any company",
-          "[exact]") {
-  if (gpu() == nullptr) {
-    return;
-  }
+/// `shapes`: rows and columns of weights.
+void check_products(std::initializer_list<std::pair<int, int>> shapes) {
   auto& device = *exact_gpu();
   CHECK(device.activation_type() == element_type::f32);
   CHECK(device.kv_type() == element_type::f32);
   std::mt19937 random(71);
   for (const auto& f : kFormats) {
-    for (const auto& [rows, cols] : kShapes) {
+    for (const auto& [rows, cols] : shapes) {
       INFO("type " << int(f.type) << ", blocks of " << f.block_rows << " x " << f.block_cols << ", "
                    << rows << " x " << cols);
       const auto w = weight_of(f, rows, cols, random);
@@ -107,6 +98,21 @@ TEST_CASE("exact products are those of the CPU, the same bits for a row in any c
     }
   }
   CHECK(device.failure().empty());
+}
+
+} // namespace
+
+TEST_CASE("exact products are those of the CPU, the same bits for a row in any company",
+          "[exact]") {
+  if (gpu() != nullptr) {
+    check_products({{64, 128}, {130, 200}, {33, 100}, {3, 5}, {257, 77}, {40, 1031}});
+  }
+}
+
+TEST_CASE("exact products of large weights are those of the CPU", "[exact][slow]") {
+  if (gpu() != nullptr) {
+    check_products({{576, 7168}, {2112, 512}});
+  }
 }
 
 TEST_CASE("exact products know every code of f8 and i8, NaN included", "[exact]") {
