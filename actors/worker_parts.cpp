@@ -16,6 +16,9 @@ namespace troupe::actors {
 
 namespace {
 
+/// Longer than it takes from one step of decoding to the next. Ranks of CPUs compute on all cores.
+constexpr std::chrono::nanoseconds rank_alertness = std::chrono::milliseconds(2);
+
 /// Everything that loading one actor needs to know.
 struct loader {
   const proto::WorkerAssignment& assignment;
@@ -263,7 +266,8 @@ struct loader {
       s.ops.push_back(std::move(used));
       models.push_back(std::move(made));
     }
-    s.model = std::make_shared<model::stage_group>(std::move(models));
+    s.model = std::make_shared<model::stage_group>(
+      std::move(models), gpus.empty() ? std::chrono::nanoseconds(0) : rank_alertness);
     return {};
   }
 

@@ -1,5 +1,7 @@
 #include "troupe/kernels/cpu/thread_pool.hpp"
 
+#include "troupe/kernels/cpu/spin.hpp"
+
 #include <cassert>
 #include <chrono>
 
@@ -13,34 +15,6 @@ namespace {
 constexpr int kChunkBits = 20;
 constexpr std::uint64_t kChunkMask = (std::uint64_t{1} << kChunkBits) - 1;
 constexpr auto kSpinTime = std::chrono::microseconds(50);
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-/// Spins until `done` holds or the spinning time is over; returns what `done` said last. The
-/// clock is looked at only after a while: most waits are over by then.
-template <class Condition>
-bool spin(Condition&& done) {
-  constexpr int kLooks = 64;
-  std::chrono::steady_clock::time_point end{};
-  do {
-    for (int i = 0; i < kLooks; ++i) {
-      if (done()) {
-        return true;
-      }
-      pause();
-    }
-    const auto now = std::chrono::steady_clock::now();
-    if (end == std::chrono::steady_clock::time_point{}) {
-      end = now + kSpinTime;
-    } else if (now >= end) {
-      return false;
-    }
-  } while (true);
-}
 
 } // namespace
 
@@ -102,7 +76,7 @@ void thread_pool::share(std::int32_t num_chunks, function work, void* context) {
   }
   take_chunks(0);
   const auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
-  while (!spin(finished)) {
+  while (!spin(finished, kSpinTime)) {
     std::this_thread::yield();
   }
 }
@@ -125,7 +99,7 @@ void thread_pool::serve(std::int32_t thread) {
   const auto has_work = [this] { return (ticket_.load() & kChunkMask) != 0 || stopping_.load(); };
   while (!stopping_.load(std::memory_order_relaxed)) {
     take_chunks(thread);
-    if (spin(has_work)) {
+    if (spin(has_work, kSpinTime)) {
       continue;
     }
     std::unique_lock lock(mutex_);

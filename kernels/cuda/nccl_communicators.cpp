@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <fstream>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <thread>
 #include <vector>
 
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include "troupe/kernels/cuda/summing_group.hpp"
 
@@ -24,6 +27,20 @@ constexpr milliseconds kAbortPatience{3000};
 
 /// How long a call of a rank may keep its communicator from the guard.
 constexpr milliseconds kCallPatience{1000};
+
+/// Takes the names of the memory that ranks share out of the file system. NCCL would do so when a
+/// communicator is destroyed, which a process that is killed does not get to. All ranks are of this
+/// process and have it mapped by now.
+void forget_names() {
+  constexpr std::string_view kPrefix = "/dev/shm/nccl-";
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    const auto at = line.find(kPrefix);
+    if (at != std::string::npos && line.find(' ', at) == std::string::npos) { // not "(deleted)"
+      ::unlink(line.c_str() + at);
+    }
+  }
+}
 
 } // namespace
 
@@ -113,6 +130,7 @@ bool nccl_communicators::state::wait_until(bool state::*what, milliseconds patie
 /// The life of the guard.
 void nccl_communicators::state::guard() {
   if (make_communicators()) {
+    forget_names();
     {
       const std::lock_guard lock(mutex);
       is_made = true;

@@ -39,8 +39,7 @@ void prepare_environment() {
   // one can wait for a kernel on another that waits in turn. Such GPUs have peer memory.
   ::setenv("NCCL_P2P_DISABLE", "1", 0);
   // Ranks are connected when the group is made, and not by its first sum: a standby has that behind
-  // it, and the names of the memory that they share (/dev/shm/nccl-*) are gone, which nobody would
-  // clear away behind a process that is killed.
+  // it, and the guard can take the names of what they share out of the file system.
   ::setenv("NCCL_RUNTIME_CONNECT", "0", 0);
   // Multicast is in the keeping of the whole host, where a process that is killed may leave it in
   // disorder.

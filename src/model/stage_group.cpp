@@ -1,11 +1,14 @@
 #include "troupe/model/stage_group.hpp"
 
+#include "troupe/kernels/cpu/spin.hpp"
+
 #include <utility>
 
 namespace troupe::model {
 
-stage_group::stage_group(std::vector<std::unique_ptr<stage_model>> ranks)
-  : ranks_(std::move(ranks)), outcomes_(ranks_.size()) {
+stage_group::stage_group(std::vector<std::unique_ptr<stage_model>> ranks,
+                         std::chrono::nanoseconds alert)
+  : ranks_(std::move(ranks)), alert_(alert), outcomes_(ranks_.size()) {
   for (std::size_t rank = 1; rank < ranks_.size(); ++rank)
     followers_.emplace_back([this, rank] { follow(rank); });
 }
@@ -60,15 +63,19 @@ void stage_group::call_followers(const stage_input& input) {
 
 /// Followers wait for nothing but their device, and for other ranks, whose patience ends.
 void stage_group::await_followers() {
+  const auto are_done = [this] { return num_busy_ == 0; };
+  kernels::cpu::spin(are_done, alert_);
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return num_busy_ == 0; });
+  changed_.wait(lock, are_done);
 }
 
 void stage_group::follow(std::size_t rank) {
   std::uint64_t num_done = 0;
-  std::unique_lock lock(mutex_);
+  const auto is_called = [&] { return is_ending_ || num_calls_ != num_done; };
   for (;;) {
-    changed_.wait(lock, [&] { return is_ending_ || num_calls_ != num_done; });
+    kernels::cpu::spin(is_called, alert_);
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, is_called);
     if (is_ending_)
       return;
     ++num_done;

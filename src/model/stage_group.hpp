@@ -3,6 +3,8 @@
 #include "troupe/base/error.hpp"
 #include "troupe/model/stage_model.hpp"
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -24,7 +26,10 @@ namespace troupe::model {
 class stage_group {
 public:
   /// By rank, at least one; each loaded with the rank's config and with operations of its own.
-  explicit stage_group(std::vector<std::unique_ptr<stage_model>> ranks);
+  /// `alert`: how long its threads look out for the next micro-batch before they sleep, on cores
+  /// that nobody else needs. To wake one may take 0.1 ms, in which the devices of all others wait.
+  explicit stage_group(std::vector<std::unique_ptr<stage_model>> ranks,
+                       std::chrono::nanoseconds alert = {});
   ~stage_group();
   stage_group(const stage_group&) = delete;
   stage_group& operator=(const stage_group&) = delete;
@@ -56,13 +61,14 @@ private:
   void await_followers();
 
   std::vector<std::unique_ptr<stage_model>> ranks_;
+  const std::chrono::nanoseconds alert_;
   std::vector<expected<void>> outcomes_; ///< of the ranks from 1 on
   stage_input input_;                    ///< of the followers
-  std::mutex mutex_;
+  std::mutex mutex_; ///< who changes what follows holds it; who looks out does not
   std::condition_variable changed_;
-  std::uint64_t num_calls_ = 0;
-  std::size_t num_busy_ = 0;
-  bool is_ending_ = false;
+  std::atomic<std::uint64_t> num_calls_{0};
+  std::atomic<std::size_t> num_busy_{0};
+  std::atomic<bool> is_ending_{false};
   std::vector<std::thread> followers_;
 };
 

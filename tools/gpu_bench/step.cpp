@@ -183,7 +183,7 @@ void bench_steps(std::int32_t num_ranks, model::head_format head, kernels::numer
     models.push_back(std::move(*stage));
     ranks[rank]->synchronise();
   }
-  model::stage_group group(std::move(models));
+  model::stage_group group(std::move(models), std::chrono::milliseconds(2));
   group.attach_kv(pages, num_pages, kPage);
   auto& ops = *ranks.front();
   std::printf("3 layers of R1 and the head%s, on %d GPU(s)%s: placed in %.1f s\n",

@@ -110,7 +110,8 @@ bool is_in_use(const fs::path& file) {
 
 bool may_stay(const fs::path& file) {
   auto name = file.filename().string();
-  return file.extension() == ".log" || name.find(".journal") != std::string::npos || name == "lock";
+  return file.extension() == ".log" || file.extension() == ".gpu-core"
+         || name.find(".journal") != std::string::npos || name == "lock";
 }
 
 } // namespace

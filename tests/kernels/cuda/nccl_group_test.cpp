@@ -5,6 +5,9 @@
 #include <optional>
 
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "troupe/kernels/cuda/nccl_group.hpp"
 #include "troupe/kernels/cuda/nccl_library.hpp"
@@ -146,6 +149,31 @@ TEST_CASE("a start of NCCL that fails or does not end is an error, in time", "[n
   CHECK(refusal("never-ready") == "NCCL was not ready within 100 ms");
   CHECK(refusal("stuck") == "NCCL was not ready within 100 ms");
   CHECK(steady_clock::now() - begin < std::chrono::seconds(6));
+}
+
+TEST_CASE("memory that NCCL shares has no name any more once a group is made", "[nccl]") {
+  const std::string name = "/dev/shm/nccl-troupe-" + std::to_string(::getpid());
+  const std::string other = "/dev/shm/other-troupe-" + std::to_string(::getpid());
+  std::vector<void*> mapped;
+  for (const auto& one : {name, other}) {
+    const int file = ::open(one.c_str(), O_CREAT | O_RDWR, 0600);
+    REQUIRE(file >= 0);
+    REQUIRE(::ftruncate(file, 4096) == 0);
+    mapped.push_back(::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0));
+    REQUIRE(mapped.back() != MAP_FAILED);
+    ::close(file);
+  }
+  {
+    const fake_ranks ranks(2);
+    REQUIRE(ranks.communicators != nullptr);
+    CHECK_FALSE(std::filesystem::exists(name));
+    CHECK(std::filesystem::exists(other)); // somebody else's
+    *static_cast<int*>(mapped.front()) = 7;
+  }
+  ::unlink(other.c_str());
+  for (void* const one : mapped) {
+    ::munmap(one, 4096);
+  }
 }
 
 TEST_CASE("communicators are aborted once, all of them, when the group ends", "[nccl]") {
