@@ -3,6 +3,7 @@
 #include "stage_pipeline.hpp"
 
 #include <chrono>
+#include <thread>
 
 #include <catch2/catch.hpp>
 
@@ -91,4 +92,23 @@ TEST_CASE("an error of a micro-batch is the same on all devices, and the next on
   REQUIRE_FALSE(refused);
   CHECK(refused.error().code == error_code::invalid_request);
   CHECK(same_bits(pipeline.score({5, 6, 7}, 512), good));
+}
+
+TEST_CASE("ranks that look out for the next micro-batch compute the same, whenever it comes") {
+  using namespace std::chrono_literals;
+  ranks group(2);
+  const auto tokens = test::load_golden(mini_model).front().all_tokens();
+  stage_pipeline asleep(mini_model, {{6}, 0}, 1, 512, group.all);
+  const auto expected = asleep.score(tokens, 512);
+  for (const auto late : {0us, 100us, 400us, 1000us}) {
+    layout how{{6}, 0};
+    how.alert = 400us;
+    stage_pipeline alert(mini_model, how, 1, 512, group.all);
+    std::this_thread::sleep_for(late);
+    CHECK(same_bits(alert.score(tokens, 512), expected));
+    std::this_thread::sleep_for(late);
+    CHECK(same_bits(alert.score(tokens, 3), expected));
+    REQUIRE_FALSE(alert.forward({{0, 0, {5, 99999}}}));
+    std::this_thread::sleep_for(late); // before it ends
+  }
 }

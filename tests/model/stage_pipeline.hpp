@@ -5,6 +5,7 @@
 #include "troupe/model/tensor_shard.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -105,6 +106,7 @@ struct layout {
   std::int32_t num_groups = 0;
   bool rehearses = false; ///< before it has KV memory, and records steps when it has
   head_format head = head_format::stored;
+  std::chrono::nanoseconds alert{0}; ///< of ranks; see stage_group
 };
 
 /// Consecutive tokens of one sequence.
@@ -162,7 +164,8 @@ public:
         kv.push_back(kv_.back().get());
         models.push_back(std::move(*model));
       }
-      auto& stage = stages.emplace_back(std::make_unique<stage_group>(std::move(models)));
+      auto& stage =
+        stages.emplace_back(std::make_unique<stage_group>(std::move(models), how.alert));
       stage->attach_kv(kv, num_pages, page_tokens);
       if (how.rehearses)
         for (std::int32_t rows = 1; rows <= 8; ++rows)
