@@ -432,7 +432,7 @@ bool endpoint::engine::shut_down(communication& with) {
   const auto at_rest = [&] {
     return !with.peers.has_sends_in_flight() && with.peers.all_closed() && !with.in.is_receiving();
   };
-  if (with.peers.all_flushed() && at_rest()) {
+  if (with.peers.all_flushed() && at_rest() && with.worker.finish(clock::now() + closing_time)) {
     with.peers.say_goodbyes();
     return true;
   }

@@ -87,7 +87,8 @@ public:
   /// Closes all connections by force. What they carried fails with `unavailable`.
   void close_all();
 
-  /// True when UCX has let go of every connection that was given up or lost.
+  /// True when nothing that was asked of a connection given up or lost is open any more. UCX may
+  /// still be busy with it (ucx_worker::finish).
   bool all_closed() const { return closing_.empty(); }
 
 private:

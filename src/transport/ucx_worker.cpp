@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <span>
 #include <sstream>
+#include <thread>
 #include <utility>
 
 #include <fmt/format.h>
@@ -192,6 +193,24 @@ bool ucx_worker::progress() {
   while (steps < max_progress_steps && ucp_worker_progress(worker_) != 0)
     ++steps;
   return steps != 0;
+}
+
+// A forced close of UCX 1.13 returns while copies by CMA are under way on the connection's lanes,
+// and one copy is made per progress. Destroying the worker before the last trips the assertion
+// ucs_arbiter_group_is_empty (src/uct/sm/scopy/base/scopy_ep.c). A flush of the worker waits for
+// lanes being discarded as well (src/ucp/rma/flush.c, flush_ops_count).
+bool ucx_worker::finish(std::chrono::steady_clock::time_point deadline) {
+  const ucp_request_param_t params{};
+  const auto request = ucp_worker_flush_nbx(worker_, &params);
+  if (!UCS_PTR_IS_PTR(request))
+    return request == nullptr;
+  while (ucp_request_check_status(request) == UCS_INPROGRESS
+         && std::chrono::steady_clock::now() < deadline)
+    if (ucp_worker_progress(worker_) == 0)
+      std::this_thread::yield();
+  const auto status = ucp_request_check_status(request);
+  ucp_request_free(request);
+  return status == UCS_OK;
 }
 
 bool ucx_worker::arm() {

@@ -2,6 +2,7 @@
 
 #include "troupe/base/error.hpp"
 
+#include <chrono>
 #include <cstddef>
 #include <string>
 #include <string_view>
@@ -50,6 +51,11 @@ public:
 
   /// Moves communication on; true when something happened.
   bool progress();
+
+  /// Moves communication on until UCX has nothing left to do, also for connections that it has
+  /// closed already, or until `deadline`. False then: destroying the worker may abort the
+  /// process.
+  bool finish(std::chrono::steady_clock::time_point deadline);
 
   /// Arms event_fd(). False when events are pending, so that sleeping would miss them.
   bool arm();

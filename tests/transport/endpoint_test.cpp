@@ -424,7 +424,7 @@ TEST_CASE("stop delivers what was sent, ends every send and is noticed by the pe
 
 TEST_CASE("stopping while others send ends every send once") {
   const carrier by{GENERATE(true, false)};
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 12; ++round) {
     party a{"a"};
     party b{"b"};
     connect_both(a, b);
@@ -443,7 +443,14 @@ TEST_CASE("stopping while others send ends every send once") {
         }
       });
     std::this_thread::sleep_for(20ms);
-    (round % 2 == 0 ? a : b).end->stop(0ms);
+    if (round % 3 == 2) { // one hears of the other's end while it ends itself
+      std::thread ending{[&] { a.end->stop(0ms); }};
+      std::this_thread::sleep_for(std::chrono::microseconds{round * 150});
+      b.end->stop(0ms);
+      ending.join();
+    } else {
+      (round % 3 == 0 ? a : b).end->stop(0ms);
+    }
     std::this_thread::sleep_for(5ms);
     enough = true;
     for (auto& each : threads)
