@@ -70,19 +70,12 @@ std::uint64_t weight_bytes(const placement::actor& actor, const placement::model
 expected<void> check_local_devices(const config::cluster_config& cluster,
                                    const proto::ClusterPlan& plan,
                                    const model::model_config& model) {
-  if (!computes_on_gpus(cluster))
-    return {};
-  const auto totals = telemetry::gpu_totals(driver_patience);
-  const auto is_local = [&](const std::string& name) {
-    return std::any_of(cluster.nodes.begin(), cluster.nodes.end(), [&](const auto& node) {
-      return node.name == name && node.launch == config::launch_mode::local;
-    });
-  };
+  const auto known = local_gpu_bytes(cluster, plan);
   return check_devices(plan, model, [&](const planned_device& one) -> std::optional<std::uint64_t> {
-    const auto index = telemetry::cuda_index(one.device);
-    if (!index || *index >= totals.size() || !is_local(one.node))
+    const auto node = known.find(one.node);
+    if (node == known.end() || node->second.count(one.device) == 0)
       return std::nullopt; // its worker will see
-    return totals[*index];
+    return node->second.at(one.device);
   });
 }
 
@@ -137,6 +130,24 @@ expected<model::model_config> check_ranks(const config::cluster_config& cluster,
   if (!part)
     return refuse(part.error().cause, part.error().cure);
   return part;
+}
+
+std::map<std::string, std::map<std::string, std::uint64_t>>
+local_gpu_bytes(const config::cluster_config& cluster, const proto::ClusterPlan& plan) {
+  std::map<std::string, std::map<std::string, std::uint64_t>> result;
+  if (!computes_on_gpus(cluster))
+    return result;
+  const auto totals = telemetry::gpu_totals(driver_patience);
+  std::set<std::string> local;
+  for (const auto& node : cluster.nodes)
+    if (node.launch == config::launch_mode::local)
+      local.insert(node.name);
+  for (const auto& worker : plan.workers())
+    for (const auto& device : placement::devices_of(worker.device()))
+      if (const auto index = telemetry::cuda_index(device);
+          index && *index < totals.size() && totals[*index] && local.count(worker.node()) != 0)
+        result[worker.node()][device] = *totals[*index];
+  return result;
 }
 
 expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& cluster,
@@ -235,6 +246,7 @@ expected<proto::ClusterPlan> make_cluster_plan(const config::cluster_config& clu
                       + memory::page_seals::bytes(plan.kv_pages()));
     }
   }
+  note_device_bytes(plan, model);
   return plan;
 }
 

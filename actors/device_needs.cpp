@@ -84,6 +84,17 @@ placement::device_need need_of_experts(const proto::ActorPlan& group,
   return need;
 }
 
+placement::device_need need_of_actor(const proto::ActorPlan& actor, const proto::ClusterPlan& plan,
+                                     const model::model_config& model) {
+  if (actor.kind() != proto::STAGE)
+    return need_of_experts(actor, plan, model);
+  // Rank 0 has the head besides.
+  auto part =
+    model::rank_config(model, 0, std::max(1, number(plan.tensor_ranks()))).value_or(model);
+  part.head = head_of(plan);
+  return need_of_stage(actor, plan, part);
+}
+
 } // namespace
 
 model::head_format head_of(const proto::ClusterPlan& plan) {
@@ -110,15 +121,18 @@ model::stage_options stage_options_of(const proto::ActorPlan& stage, const proto
 placement::device_need
 device_need_of(const google::protobuf::RepeatedPtrField<proto::ActorPlan>& actors,
                const proto::ClusterPlan& plan, const model::model_config& model) {
-  // Rank 0 has the head besides.
-  auto part =
-    model::rank_config(model, 0, std::max(1, number(plan.tensor_ranks()))).value_or(model);
-  part.head = head_of(plan);
   placement::device_need need;
   for (const auto& actor : actors)
-    need += actor.kind() == proto::STAGE ? need_of_stage(actor, plan, part)
-                                         : need_of_experts(actor, plan, model);
+    need += need_of_actor(actor, plan, model);
   return need;
+}
+
+void note_device_bytes(proto::ClusterPlan& plan, const model::model_config& model) {
+  for (auto& worker : *plan.mutable_workers())
+    if (worker.device().starts_with("cuda:"))
+      for (auto& actor : *worker.mutable_actors())
+        actor.set_device_bytes(need_of_actor(actor, plan, model).total()
+                               + outbox_need(actor, plan, model));
 }
 
 std::vector<planned_device> device_needs(const proto::ClusterPlan& plan,

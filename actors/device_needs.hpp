@@ -30,6 +30,10 @@ placement::device_need
 device_need_of(const google::protobuf::RepeatedPtrField<proto::ActorPlan>& actors,
                const proto::ClusterPlan& plan, const model::model_config& model);
 
+/// Writes into the actors of a plan what each takes of a GPU (ActorPlan.device_bytes), wherever it
+/// goes later.
+void note_device_bytes(proto::ClusterPlan& plan, const model::model_config& model);
+
 /// A GPU of a node, and what all processes of the plan that use it need of it.
 struct planned_device {
   std::string node;

@@ -20,6 +20,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
 #include <sys/eventfd.h>
@@ -37,6 +38,23 @@ namespace {
 constexpr auto startup_patience = 20s; // for one process to say that it runs
 constexpr auto shutdown_grace = 4s;    // for all of them to end
 constexpr auto poll_interval = 20ms;   // while waiting for readiness
+
+constexpr auto reminder_interval = 15s; // while not ready: who is waited for
+
+/// "node-1 (has not joined), node-0/worker-1 (loading)", out of GET /v1/cluster.
+std::string who_is_missing(const nlohmann::json& status) {
+  std::vector<std::string> missing;
+  for (const auto& node : status.value("nodes", nlohmann::json::array())) {
+    if (node.value("state", "") != "up") {
+      missing.push_back(node.value("name", "") + " (has not joined)");
+      continue;
+    }
+    for (const auto& worker : node.value("workers", nlohmann::json::array()))
+      if (auto state = worker.value("state", ""); state != "running" && state != "spare")
+        missing.push_back(fmt::format("{} ({})", worker.value("name", ""), state));
+  }
+  return missing.empty() ? "its replicas" : fmt::format("{}", fmt::join(missing, ", "));
+}
 
 /// Removes state.json when the launcher returns, however it does.
 struct state_file {
@@ -82,6 +100,7 @@ private:
   }
   child_spec make_spec(const std::string& name, std::vector<std::string> arguments) const;
   std::vector<std::string> config_arguments() const;
+  std::string join_command(const std::string& node) const;
   recovery::restart_policy policy() const {
     return {config_.recovery.max_restarts, std::chrono::seconds(config_.recovery.within_s)};
   }
@@ -187,6 +206,15 @@ expected<pid_t> launcher::start(supervised_child& child, std::vector<std::string
   return pid;
 }
 
+/// What a user types on another host. Whatever it leaves out the node finds out there.
+std::string launcher::join_command(const std::string& node) const {
+  auto command = fmt::format("troupe node --name {} --controller {}", node,
+                             http::host_port(config_.network.bind, controller_port_));
+  if (config_.recovery.heartbeat_ms != config::recovery_settings{}.heartbeat_ms)
+    command += fmt::format(" --heartbeat-ms {}", config_.recovery.heartbeat_ms);
+  return command;
+}
+
 expected<void> launcher::start_all() {
   std::vector<std::string> arguments{"controller", "--state-directory", directory_.string()};
   auto config_part = config_arguments();
@@ -212,9 +240,8 @@ expected<void> launcher::start_all() {
 
   for (const auto& node : config_.nodes) {
     if (node.launch != config::launch_mode::local) {
-      say(
-        fmt::format("waiting for {} to join: run `troupe node --name {} --controller {}:{}` on {}",
-                    node.name, node.name, config_.network.bind, controller_port_, node.host));
+      say(fmt::format("waiting for {} to join: run `{}` on {}", node.name, join_command(node.name),
+                      node.host));
       continue;
     }
     auto spec = make_spec(
@@ -293,7 +320,10 @@ void launcher::look_at_pulses() {
 
 expected<void> launcher::wait_until_ready() {
   auto begin = std::chrono::steady_clock::now();
+  auto reminded = begin;
+  const auto patience = std::chrono::seconds(config_.recovery.startup_s);
   std::set<std::string> said;
+  std::string missing = "the frontend (does not answer)";
   for (;;) {
     if (stop_requested())
       return fail(error_code::cancelled, "stopped before the cluster was ready");
@@ -319,11 +349,19 @@ expected<void> launcher::wait_until_ready() {
           options_.on_ready({config_.cluster, endpoint_, ::getpid()}, seconds);
         return {};
       }
+      missing = who_is_missing(status);
     }
-    if (std::chrono::steady_clock::now() - begin > options_.patience)
+    const auto now = std::chrono::steady_clock::now();
+    if (now - begin > patience)
       return fail(error_code::deadline_exceeded,
-                  fmt::format("the cluster was not ready after {} s", options_.patience.count()),
-                  fmt::format("the logs are in {}", directory_.string()));
+                  fmt::format("the cluster was not ready after {} s: waited for {}",
+                              patience.count(), missing),
+                  fmt::format("the logs are in {}; recovery.startup_s gives it more time",
+                              directory_.string()));
+    if (now - reminded > reminder_interval) {
+      reminded = now;
+      say(fmt::format("still waiting for {}", missing));
+    }
     std::this_thread::sleep_for(poll_interval);
   }
 }

@@ -22,11 +22,11 @@ namespace troupe::actors {
 /// Who a node process is and whom it belongs to.
 struct node_options {
   std::string name;
-  std::uint64_t incarnation = 1;
+  std::uint64_t incarnation = 0; ///< 0: nobody counts; it is then read off the clock
   std::string controller_host;
   std::uint16_t controller_port = 0;
-  std::string bind = "127.0.0.1"; ///< workers reach the node here
-  std::string log_directory;      ///< one log a worker; empty: this process's output
+  std::string bind; ///< workers and peers reach it here; empty: as it reaches the controller
+  std::string log_directory; ///< one log a worker; empty: beside those of clusters, by its name
   std::string log_level = "info";
   std::uint32_t heartbeat_ms = 100;
   std::shared_ptr<memory::pulse> pulse; ///< of this process

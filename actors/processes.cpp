@@ -5,20 +5,30 @@
 #include "troupe/actors/gateway.hpp"
 #include "troupe/actors/gpu_device.hpp"
 #include "troupe/base/startup_report.hpp"
+#include "troupe/base/unique_fd.hpp"
 #include "troupe/config/cluster_config.hpp"
 #include "troupe/memory/pulse_page.hpp"
 #include "troupe/messages/actor_config.hpp"
 #include "troupe/model/chat_template.hpp"
+#include "troupe/http/message.hpp"
 #include "troupe/model/model_tokenizer.hpp"
+#include "troupe/transport/endpoint.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cerrno>
 #include <csignal>
+#include <cstdlib>
+#include <cstring>
 #include <future>
+#include <memory>
 #include <optional>
 #include <thread>
 
 #include <fmt/format.h>
+#include <netdb.h>
 #include <spdlog/spdlog.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 namespace troupe::actors {
@@ -272,7 +282,71 @@ int run_frontend(const frontend_options& options) {
   leave(EXIT_SUCCESS, **pulse);
 }
 
+namespace {
+
+/// The address that this host has for whoever is at `host`. No packet is sent.
+expected<std::string> address_towards(const std::string& host, std::uint16_t port) {
+  const auto refuse = [&](std::string_view why) {
+    return fail(
+      error_code::unavailable,
+      fmt::format("cannot reach the controller at {}: {}", http::host_port(host, port), why),
+      "--controller is what `troupe up` printed; --bind names this host's address");
+  };
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_DGRAM;
+  addrinfo* found = nullptr;
+  if (const int failed = ::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
+      failed != 0)
+    return refuse(::gai_strerror(failed));
+  const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> owned{found, &::freeaddrinfo};
+  const unique_fd socket{::socket(found->ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0)};
+  sockaddr_storage own{};
+  socklen_t length = sizeof(own);
+  std::array<char, NI_MAXHOST> text{};
+  if (!socket || ::connect(socket.get(), found->ai_addr, found->ai_addrlen) != 0
+      || ::getsockname(socket.get(), reinterpret_cast<sockaddr*>(&own), &length) != 0)
+    return refuse(std::strerror(errno));
+  if (const int failed =
+        ::getnameinfo(reinterpret_cast<const sockaddr*>(&own), length, text.data(),
+                      static_cast<socklen_t>(text.size()), nullptr, 0, NI_NUMERICHOST);
+      failed != 0)
+    return refuse(::gai_strerror(failed));
+  return text.data();
+}
+
+/// What a launcher would have told a node that a user starts.
+expected<void> find_out(node_options& options) {
+  // Tenths of a second: above that of any start before, also by another user or after a reboot.
+  if (options.incarnation == 0)
+    options.incarnation = static_cast<std::uint64_t>(
+      std::chrono::system_clock::now().time_since_epoch() / std::chrono::milliseconds(100));
+  if (options.bind.empty()) {
+    auto own = address_towards(options.controller_host, options.controller_port);
+    if (!own)
+      return tl::unexpected(own.error());
+    options.bind = std::move(*own);
+  }
+  if (options.log_directory.empty()) {
+    const auto directory = state_directory(options.name);
+    std::error_code failed;
+    std::filesystem::create_directories(directory, failed);
+    if (failed)
+      return fail(error_code::io_failed,
+                  fmt::format("cannot write logs to {}: {}", directory.string(), failed.message()),
+                  "--log-directory names another place");
+    options.log_directory = directory.string();
+    spdlog::info("the logs of this node's workers are in {}", options.log_directory);
+  }
+  for (const auto& [key, value] : transport::required_environment())
+    ::setenv(key.c_str(), value.c_str(), 0);
+  return {};
+}
+
+} // namespace
+
 int run_node(node_options options, int pulse_fd) {
+  if (auto known = find_out(options); !known)
+    return not_started(-1, known.error());
   auto pulse = start_pulse(pulse_fd, options.heartbeat_ms);
   if (!pulse)
     return not_started(-1, pulse.error());

@@ -73,7 +73,6 @@ expected<cluster_state> find_cluster(const std::string& cluster);
 struct launch_options {
   config_source config;
   std::string log_level = "info";
-  std::chrono::seconds patience{120};          ///< until the cluster has to be ready
   std::function<void(const std::string&)> say; ///< progress, a line each
   std::function<void(const cluster_state&, double seconds)> on_ready;
 };

@@ -6,8 +6,10 @@
 #include "troupe/base/identity.hpp"
 
 #include <chrono>
+#include <exception>
 #include <utility>
 
+#include <fmt/format.h>
 #include <spdlog/spdlog.h>
 #include <unistd.h>
 
@@ -36,6 +38,20 @@ double ms_since(std::chrono::steady_clock::time_point begin) {
 }
 
 } // namespace
+
+load_outcome outcome_of(const std::function<void(load_outcome&)>& work) {
+  load_outcome outcome;
+  try {
+    work(outcome);
+  } catch (const std::exception& thrown) {
+    outcome = {};
+    outcome.failure = std::make_shared<error>(
+      fail(error_code::resource_exhausted, fmt::format("cannot load: {}", thrown.what()),
+           "see what else runs on this host, and its limits (`ulimit -a`)")
+        .value());
+  }
+  return outcome;
+}
 
 worker::worker(caf::actor_config& config, worker_options options,
                std::shared_ptr<std::atomic<int>> exit_code)
@@ -152,12 +168,12 @@ void worker::prepare(const proto::WorkerAssignment& assignment) {
   preparing_ = true;
   auto self = caf::actor_cast<worker_local>(this);
   system().spawn<caf::detached>([self, assignment](caf::event_based_actor*) {
-    load_outcome outcome;
-    if (auto prepared = prepare_parts(assignment))
-      outcome.prepared = std::make_shared<prepared_parts>(std::move(*prepared));
-    else
-      outcome.failure = std::make_shared<error>(prepared.error());
-    caf::anon_send(self, std::move(outcome));
+    caf::anon_send(self, outcome_of([&](load_outcome& outcome) {
+                     if (auto prepared = prepare_parts(assignment))
+                       outcome.prepared = std::make_shared<prepared_parts>(std::move(*prepared));
+                     else
+                       outcome.failure = std::make_shared<error>(prepared.error());
+                   }));
   });
 }
 
@@ -166,17 +182,17 @@ void worker::load_ahead(const proto::WorkerAssignment& assignment) {
   auto self = caf::actor_cast<worker_local>(this);
   system().spawn<caf::detached>([self, assignment, prepared = prepared_, hurry = hurry_,
                                  pulse = options_.pulse](caf::event_based_actor*) {
-    load_outcome outcome;
-    outcome.is_ahead = true;
-    auto begin = std::chrono::steady_clock::now();
-    if (auto ahead = actors::load_ahead(*prepared, assignment, *pulse, *hurry)) {
-      outcome.ahead = std::move(*ahead);
-      spdlog::info("has loaded what it may need, {} actors on {}, in {:.0f} ms",
-                   assignment.actors_size(), assignment.device(), ms_since(begin));
-    } else {
-      spdlog::warn("will load when it is needed: {}", ahead.error().text());
-    }
-    caf::anon_send(self, std::move(outcome));
+    caf::anon_send(self, outcome_of([&](load_outcome& outcome) {
+                     outcome.is_ahead = true;
+                     auto begin = std::chrono::steady_clock::now();
+                     if (auto ahead = actors::load_ahead(*prepared, assignment, *pulse, *hurry)) {
+                       outcome.ahead = std::move(*ahead);
+                       spdlog::info("has loaded what it may need, {} actors on {}, in {:.0f} ms",
+                                    assignment.actors_size(), assignment.device(), ms_since(begin));
+                     } else {
+                       spdlog::warn("will load when it is needed: {}", ahead.error().text());
+                     }
+                   }));
   });
 }
 
@@ -186,14 +202,15 @@ void worker::load() {
                                  ahead = std::exchange(ahead_, nullptr),
                                  pulse = options_.pulse](caf::event_based_actor*) mutable {
     faults::suffer(faults::point::worker_loading);
-    load_outcome outcome;
-    auto parts = load_parts(*prepared, std::move(ahead), assigned, assigned.incarnation(), *pulse);
-    faults::suffer(faults::point::worker_loaded);
-    if (parts)
-      outcome.parts = *parts;
-    else
-      outcome.failure = std::make_shared<error>(parts.error());
-    caf::anon_send(self, std::move(outcome));
+    caf::anon_send(self, outcome_of([&](load_outcome& outcome) {
+                     auto parts = load_parts(*prepared, std::move(ahead), assigned,
+                                             assigned.incarnation(), *pulse);
+                     faults::suffer(faults::point::worker_loaded);
+                     if (parts)
+                       outcome.parts = *parts;
+                     else
+                       outcome.failure = std::make_shared<error>(parts.error());
+                   }));
   });
 }
 

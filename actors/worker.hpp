@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstdint>
 #include <map>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -29,6 +30,10 @@ struct load_outcome {
   std::shared_ptr<worker_parts> parts;
   std::shared_ptr<const error> failure;
 };
+
+/// Runs `work`, which fills an outcome. What it throws (no memory, no thread) becomes the outcome's
+/// failure: of a thread of its own nobody else would hear.
+load_outcome outcome_of(const std::function<void(load_outcome&)>& work);
 
 } // namespace troupe::actors
 

@@ -200,10 +200,10 @@ struct loader {
   std::shared_ptr<device_watch> make_watch(const std::string& actor,
                                            const std::shared_ptr<kernels::ops>& ops,
                                            const memory::activity& pulsing) const {
-    if (!has_device_for_itself() || plan().unprotected())
+    if (gpus.empty() || plan().unprotected())
       return nullptr;
     return std::make_shared<device_watch>(actor, pulsing, gpus.front()->waits_of(ops),
-                                          gpu::look_interval);
+                                          gpu::look_interval, has_device_for_itself());
   }
 
   /// Who shares a device with somebody cannot know how long it takes.
@@ -216,7 +216,7 @@ struct loader {
       std::count_if(plan().workers().begin(), plan().workers().end(), [&](const auto& worker) {
         return worker.node() == node && worker.device() == assignment.device();
       });
-    return !gpus.empty() && num_workers == 1 && assignment.actors_size() == 1;
+    return num_workers == 1 && assignment.actors_size() == 1;
   }
 
   /// Loads the part of each rank, on its device.

@@ -391,6 +391,10 @@ public:
     return false;
   }
 
+  /// Makes ready what `mixture` needs of these experts, which is otherwise done when they are met
+  /// for the first time: too late for a step that is only recorded (`record_only`).
+  virtual void know_experts(std::span<const expert_weights> /*experts*/) {}
+
   /// Computes a step that comes again and again: calls `work`, or repeats what an earlier call
   /// with this key has queued. So `work` does nothing but queue operations, none of which writes to
   /// the host; those that take ids or a batch take the arrays given here, or parts of them.

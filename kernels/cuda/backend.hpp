@@ -91,6 +91,7 @@ public:
                const rows_view& out) override;
   bool mixture(const rows_view& x, const mixture_weights& w, const router_params& params,
                const mixture_scratch& scratch, const rows_view& out) override;
+  void know_experts(std::span<const expert_weights> experts) override;
   void step(const step_key& key, std::span<const std::int32_t> ids, const batch_view& batch,
             const std::function<void()>& work) override;
   bool record_only(bool on) override {

@@ -104,6 +104,11 @@ const cuda_ops::expert_table* cuda_ops::find_experts(std::span<const expert_weig
   return expert_tables_.back()->memory == nullptr ? nullptr : expert_tables_.back().get();
 }
 
+void cuda_ops::know_experts(std::span<const expert_weights> experts) {
+  if (begin(1))
+    find_experts(experts);
+}
+
 /// False without memory for it.
 bool cuda_ops::make_table(std::span<const expert_weights> experts, expert_table& table) {
   table.gate = packed(experts.front().gate);

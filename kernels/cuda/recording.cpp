@@ -73,11 +73,13 @@ void recorded_steps::prepare(const step_key& key, const std::function<void()>& w
     return;
   }
   drop_graph(one);
-  one.cannot_be_recorded = !record(one, work);
-  if (one.graph != nullptr) {
-    // Or its first launch would bring it to the device.
-    gpu_.check(cudaGraphUpload(one.graph, gpu_.stream()), "uploading a recorded step");
+  if (!record(one, work)) {
+    // Once the step has been computed it may well be: it is met as a new one then.
+    entries_.erase(entries_.begin() + (&one - entries_.data()));
+    return;
   }
+  // Or its first launch would bring it to the device.
+  gpu_.check(cudaGraphUpload(one.graph, gpu_.stream()), "uploading a recorded step");
 }
 
 /// False, with a warning, if it cannot be done. Nothing has been computed either way.

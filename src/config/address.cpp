@@ -52,6 +52,10 @@ bool is_host(const std::string& text) {
   return is_host_name(text) || is_ip_address(text);
 }
 
+bool is_wildcard(const std::string& host) {
+  return host == "0.0.0.0" || host == "::";
+}
+
 bool is_this_machine(const std::string& host) {
   return host == "localhost" || host == "::1" || host == host_name()
          || (host.starts_with("127.") && parses_as(AF_INET, host));

@@ -23,6 +23,9 @@ bool is_ip_address(const std::string& text);
 /// A host name (RFC 1123) or an address in digits.
 bool is_host(const std::string& text);
 
+/// An address that stands for all of a machine's, such as 0.0.0.0.
+bool is_wildcard(const std::string& host);
+
 /// Whether `host` can only mean this machine.
 bool is_this_machine(const std::string& host);
 

@@ -98,6 +98,7 @@ enum class protection : std::uint8_t {
 struct recovery_settings {
   std::uint32_t heartbeat_ms = 100;
   std::uint32_t hang_ms = 800;    ///< a process without a beat, or work without progress, is dead
+  std::uint32_t startup_s = 600;  ///< until everything has to run, nodes that join included
   std::uint32_t max_restarts = 5; ///< of one worker within `within_s`; one more escalates
   std::uint32_t within_s = 60;
   std::uint32_t spares = 0;          ///< devices that the plan leaves free

@@ -310,6 +310,7 @@ void read_recovery(section from, recovery_settings& recovery) {
   constexpr std::uint32_t hour_ms = 3'600'000;
   from.read_number("heartbeat_ms", recovery.heartbeat_ms, 1, hour_ms);
   from.read_number("hang_ms", recovery.hang_ms, 1, hour_ms);
+  from.read_number("startup_s", recovery.startup_s, 1, 7 * 24 * 3600);
   from.read_number("max_restarts", recovery.max_restarts, 0, 1'000'000);
   from.read_number("within_s", recovery.within_s, 1, 7 * 24 * 3600);
   from.read_number("spares", recovery.spares, 0, 64);
@@ -337,10 +338,21 @@ void read_recovery(section from, recovery_settings& recovery) {
   from.done();
 }
 
-void read_network(section from, network_settings& network) {
-  if (from.read_text("bind", network.bind) && !is_ip_address(network.bind))
+void read_network(section from, const std::vector<node>& nodes, network_settings& network) {
+  const bool is_given = from.read_text("bind", network.bind);
+  if (is_given && !is_ip_address(network.bind))
     from.refuse("bind", fmt::format("{} is not an IP address; write for instance 127.0.0.1",
                                     in_quotes(network.bind)));
+  else if (is_wildcard(network.bind))
+    from.refuse("bind", fmt::format("{} is no address that others can be told to reach this host "
+                                    "at; write the one that it has in their network",
+                                    in_quotes(network.bind)));
+  else if (is_this_machine(network.bind))
+    for (const auto& other : nodes)
+      if (other.launch == launch_mode::join && is_host(other.host) && !is_this_machine(other.host))
+        from.refuse("bind", fmt::format("{} on {} cannot reach {}; write the address that this "
+                                        "host has in their network",
+                                        other.name, other.host, in_quotes(network.bind)));
   from.done();
 }
 
@@ -371,7 +383,7 @@ expected<cluster_config> parse_text(std::string_view text, const fs::path& file,
   read_parallel(top.child("parallel"), config.parallel, has_gpus(config));
   read_serving(top.child("serving"), config.serving);
   read_recovery(top.child("recovery"), config.recovery);
-  read_network(top.child("network"), config.network);
+  read_network(top.child("network"), config.nodes, config.network);
   top.done();
   if (!problems.empty())
     return tl::unexpected(problems.to_error());

@@ -65,6 +65,9 @@ expected<void> stage_model::rehearse(std::int32_t num_pages, std::int32_t page_t
 expected<void> stage_model::record_step(std::int32_t num_rows) {
   if (kv_ == nullptr || num_rows > options_.max_rows || !options_.with_local_experts)
     return {};
+  for (auto layer = options_.first_layer; own_experts_ && layer < options_.end_layer; ++layer)
+    if (config_.is_moe_layer(layer))
+      ops_.know_experts(own_experts_->experts_of(layer));
   if (!ops_.record_only(true))
     return {};
   const rehearsed_batch batch(num_rows, config_.vocab_size, page_tokens_, 1);

@@ -197,6 +197,19 @@ membership::effects membership::catch_up(const proto::ClusterView& seen, time_po
   return result;
 }
 
+/// True when it is news. What a GPU has does not change; the first report after a start tells it.
+bool membership::note_gpu_bytes(proto::NodeView& node, const proto::DeviceReport& report) {
+  bool is_news = false;
+  for (const auto& gpu : report.gpus()) {
+    if (!gpu.has_memory_total_bytes())
+      continue;
+    auto& known = (*node.mutable_gpu_bytes())[gpu.device()];
+    is_news |= known != gpu.memory_total_bytes();
+    known = gpu.memory_total_bytes();
+  }
+  return is_news;
+}
+
 membership::effects membership::node_hello(const proto::NodeHello& hello, time_point now) {
   auto result = catch_up(hello.view(), now);
   auto* node = find_node(hello.name());
@@ -294,6 +307,9 @@ membership::effects membership::node_heartbeat(const proto::NodeHeartbeat& heart
     w.devices = heartbeat.devices();
     w.devices->set_node(heartbeat.name());
     w.devices_heard = now;
+    result.view_changed = note_gpu_bytes(*node, heartbeat.devices());
+    if (result.view_changed)
+      touch();
   }
   bool is_behind = heartbeat.num_changes() != w.num_changes
                    || heartbeat.view_version() < view_.version()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <sstream>
 #include <tuple>
 
 #include <fmt/format.h>
@@ -16,13 +17,34 @@ std::uint64_t bytes_of(const proto::ActorPlan& actor) {
   return actor.kv_bytes() + actor.weight_bytes();
 }
 
-/// What an actor takes of a host's memory where this worker runs it. On a GPU that is little; and
-/// whether the GPU has room for it, its worker finds out before it loads.
-std::int64_t host_bytes(const proto::WorkerView& worker, const proto::ActorPlan& actor) {
-  if (worker.plan().device().starts_with("cuda:"))
-    return 0;
-  return static_cast<std::int64_t>(bytes_of(actor));
+/// The GPUs of a worker, out of "cuda:0,cuda:1"; none on CPUs.
+std::vector<std::string> gpus_of(const proto::WorkerPlan& worker) {
+  std::vector<std::string> result;
+  if (!worker.device().starts_with("cuda:"))
+    return result;
+  std::istringstream devices{worker.device()};
+  for (std::string one; std::getline(devices, one, ',');)
+    result.push_back(one);
+  return result;
 }
+
+/// Memory of a host or a GPU, less what is given out.
+class room {
+public:
+  room() = default; ///< nobody knows how much: there is always enough
+  explicit room(std::uint64_t bytes) : free_(static_cast<std::int64_t>(bytes / 10 * 9)) {}
+
+  bool has(std::uint64_t bytes) const {
+    return bytes == 0 || !free_ || *free_ >= static_cast<std::int64_t>(bytes);
+  }
+  void take(std::uint64_t bytes) {
+    if (free_)
+      *free_ -= static_cast<std::int64_t>(bytes);
+  }
+
+private:
+  std::optional<std::int64_t> free_;
+};
 
 /// What runs where while places are given out.
 class floor_plan {
@@ -31,10 +53,10 @@ public:
     for (const auto& node : view.nodes()) {
       auto& n = nodes_[node.name()];
       n.usable = node.state() == proto::RUNNING;
-      n.free_bytes =
-        node.memory_bytes() == 0
-          ? std::nullopt
-          : std::optional<std::int64_t>(static_cast<std::int64_t>(node.memory_bytes() / 10 * 9));
+      if (node.memory_bytes() != 0)
+        n.host = room{node.memory_bytes()};
+      for (const auto& [device, bytes] : node.gpu_bytes())
+        n.gpus[device] = room{bytes};
     }
     for (const auto& worker : view.workers()) {
       bool is_lost = lost.count(worker.plan().name()) != 0;
@@ -43,13 +65,9 @@ public:
       auto& n = nodes_[worker.plan().node()];
       if (!n.usable)
         continue;
-      place p{&worker, {}};
-      for (const auto& actor : worker.plan().actors()) {
-        p.actors.push_back(&actor);
-        if (n.free_bytes)
-          *n.free_bytes -= host_bytes(worker, actor);
-      }
-      places_.push_back(std::move(p));
+      auto& p = places_.emplace_back(place{&worker, gpus_of(worker.plan()), {}});
+      for (const auto& actor : worker.plan().actors())
+        settle(p, actor);
     }
   }
 
@@ -57,19 +75,14 @@ public:
   std::string take(const proto::ActorPlan& actor, bool may_pack) {
     place* best = nullptr;
     for (auto& p : places_) {
-      auto& n = nodes_[p.worker->plan().node()];
-      auto needed = host_bytes(*p.worker, actor);
-      bool fits = needed == 0 || !n.free_bytes || *n.free_bytes >= needed;
-      if (!fits || has_copy_of(p, actor) || (!may_pack && !p.actors.empty()))
+      if (!fits(p, actor) || has_copy_of(p, actor) || (!may_pack && !p.actors.empty()))
         continue;
       if (best == nullptr || p.actors.size() < best->actors.size())
         best = &p;
     }
     if (best == nullptr)
       return {};
-    best->actors.push_back(&actor);
-    if (auto& n = nodes_[best->worker->plan().node()]; n.free_bytes)
-      *n.free_bytes -= host_bytes(*best->worker, actor);
+    settle(*best, actor);
     return best->worker->plan().name();
   }
 
@@ -81,12 +94,32 @@ public:
 private:
   struct node {
     bool usable = false;
-    std::optional<std::int64_t> free_bytes; ///< nothing: unknown
+    room host;
+    std::map<std::string, room> gpus;
   };
   struct place {
     const proto::WorkerView* worker;
+    std::vector<std::string> gpus; ///< none: it computes in the memory of its host
     std::vector<const proto::ActorPlan*> actors;
   };
+
+  bool fits(const place& p, const proto::ActorPlan& actor) {
+    auto& n = nodes_[p.worker->plan().node()];
+    if (p.gpus.empty())
+      return n.host.has(bytes_of(actor));
+    return std::all_of(p.gpus.begin(), p.gpus.end(), [&](const auto& device) {
+      return n.gpus[device].has(actor.device_bytes());
+    });
+  }
+
+  void settle(place& p, const proto::ActorPlan& actor) {
+    auto& n = nodes_[p.worker->plan().node()];
+    p.actors.push_back(&actor);
+    if (p.gpus.empty())
+      n.host.take(bytes_of(actor));
+    for (const auto& device : p.gpus)
+      n.gpus[device].take(actor.device_bytes());
+  }
 
   static bool has_copy_of(const place& p, const proto::ActorPlan& actor) {
     return actor.kind() == proto::EXPERT_GROUP
@@ -112,6 +145,16 @@ const proto::WorkerView* holder_of(const proto::ClusterView& view, const std::st
       if (a.id() == actor)
         return &worker;
   return nullptr;
+}
+
+/// Also true of a worker without GPUs.
+bool knows_gpus_of(const proto::ClusterView& view, const proto::WorkerPlan& worker) {
+  const auto gpus = gpus_of(worker);
+  return std::all_of(view.nodes().begin(), view.nodes().end(), [&](const auto& node) {
+    return node.name() != worker.node()
+           || std::all_of(gpus.begin(), gpus.end(),
+                          [&](const auto& device) { return node.gpu_bytes().contains(device); });
+  });
 }
 
 } // namespace
@@ -184,7 +227,7 @@ std::vector<move> moves_home(const proto::ClusterView& view, const proto::Cluste
 }
 
 std::vector<std::string> foresee_losses(const proto::ClusterPlan& plan,
-                                        const std::map<std::string, std::uint64_t>& memory) {
+                                        const std::map<std::string, node_memory>& memory) {
   proto::ClusterView view;
   std::map<std::string, std::set<std::string>> workers_of;
   for (const auto& planned : plan.workers()) {
@@ -195,8 +238,11 @@ std::vector<std::string> foresee_losses(const proto::ClusterPlan& plan,
       auto* node = view.add_nodes();
       node->set_name(planned.node());
       node->set_state(proto::RUNNING);
-      if (auto known = memory.find(planned.node()); known != memory.end())
-        node->set_memory_bytes(known->second);
+      if (auto known = memory.find(planned.node()); known != memory.end()) {
+        node->set_memory_bytes(known->second.host_bytes);
+        node->mutable_gpu_bytes()->insert(known->second.gpu_bytes.begin(),
+                                          known->second.gpu_bytes.end());
+      }
     }
     workers_of[planned.node()].insert(planned.name());
   }
@@ -206,11 +252,12 @@ std::vector<std::string> foresee_losses(const proto::ClusterPlan& plan,
     auto found = relocate(view, workers_of[node.name()]);
     node.set_state(proto::RUNNING);
     std::vector<std::string> what;
-    for (const auto& m : found.moves)
+    for (const auto& m : found.moves) {
+      const auto& to = *worker_named(view, m.to);
       what.push_back(fmt::format(
-        "{} {} {}", m.actor,
-        worker_named(view, m.to)->state() == proto::IDLE ? "moves to the spare" : "is packed onto",
-        m.to));
+        "{} {} {}{}", m.actor, to.state() == proto::IDLE ? "moves to the spare" : "is packed onto",
+        m.to, knows_gpus_of(view, to.plan()) ? "" : " if its GPU has room (not known here)"));
+    }
     for (const auto& id : found.dropped)
       what.push_back(id + " is missed by nobody, its group has another copy");
     if (!found.problem.empty())

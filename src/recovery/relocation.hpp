@@ -32,7 +32,8 @@ struct relocation {
 /// - Copies of an expert group never share a worker. A copy whose group still has another one goes
 ///   to a spare device or nowhere: packing it would slow down others for redundancy alone.
 /// - What does not fit into a node's memory (weights and KV of all its actors in nine tenths of
-///   it; unknown memory always fits) does not go there.
+///   it; unknown memory always fits) does not go there. The same holds for each GPU and what its
+///   actors take of it (ActorPlan.device_bytes); the last tenth is for contexts and standbys.
 /// - All or nothing: with a problem, there are no moves.
 relocation relocate(const proto::ClusterView& view, const std::set<std::string>& lost);
 
@@ -40,10 +41,16 @@ relocation relocate(const proto::ClusterView& view, const std::set<std::string>&
 /// while the worker that `plan` gave them to is a spare again.
 std::vector<move> moves_home(const proto::ClusterView& view, const proto::ClusterPlan& plan);
 
+/// What is known of a node's memory before it runs.
+struct node_memory {
+  std::uint64_t host_bytes = 0;                   ///< 0: unknown
+  std::map<std::string, std::uint64_t> gpu_bytes; ///< by device; those that are known
+};
+
 /// What the loss of each node of a plan would mean, a line each: "if node-1 is lost:
-/// replica-0/stage-1 moves to node-0/worker-2". `memory` holds the bytes of nodes that are known.
+/// replica-0/stage-1 moves to node-0/worker-2".
 std::vector<std::string> foresee_losses(const proto::ClusterPlan& plan,
-                                        const std::map<std::string, std::uint64_t>& memory);
+                                        const std::map<std::string, node_memory>& memory);
 
 /// True when both run the same actors, in the same order.
 bool same_actors(const proto::WorkerPlan& a, const proto::WorkerPlan& b);

@@ -60,6 +60,9 @@ public:
   /// `wait`: another number for each wait; 0: there is none. `limit`: of this one; zero: none.
   bool look(std::uint64_t wait, std::chrono::nanoseconds limit, time_point now);
 
+  /// How long the wait that was looked at last has lasted; zero when there was none.
+  duration lasted() const { return lasted_; }
+
 private:
   duration interval_;
   std::uint64_t wait_ = 0;

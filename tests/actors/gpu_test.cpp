@@ -27,11 +27,11 @@ struct slow_device {
   std::uint64_t num_waits = 0;
   std::chrono::nanoseconds longest{};
 
-  std::shared_ptr<device_watch> watch(memory::activity pulse = {}) {
+  std::shared_ptr<device_watch> watch(memory::activity pulse = {}, bool is_alone = true) {
     return std::make_shared<device_watch>(
       "replica-0/stage-0", std::move(pulse),
       actors::device_waits{current, [this] { return std::exchange(longest, {}); }},
-      gpu::look_interval);
+      gpu::look_interval, is_alone);
   }
   void begin(device_watch& watch) {
     watch.begin({4, 4000});
@@ -84,6 +84,49 @@ TEST_CASE("a GPU that stops answering is overdue, once enough is known of it") {
   one.pass(3 * gpu::look_interval);
   REQUIRE(!one.overdue.empty());
   CHECK(one.overdue.front() == recovery::step_patience::least);
+}
+
+TEST_CASE("who waits for a GPU gets on, as long as that may take") {
+  auto page = memory::pulse_page::create();
+  REQUIRE(page);
+  auto pulse = memory::pulse::start(::dup(page->fd()), 1ms);
+  REQUIRE(pulse);
+  const bool is_alone = GENERATE(true, false);
+  slow_device device;
+  const auto watch = device.watch(*(*pulse)->add("replica-0/stage-0"), is_alone);
+  memory::pulse_sample sample;
+  const auto progress = [&] {
+    page->sample(sample);
+    return sample.activities.at(0).progress;
+  };
+  auto now = std::chrono::steady_clock::time_point{} + 1h;
+  /// How long the counter stood still at most, of what a parent would see.
+  const auto longest_pause = [&](std::chrono::nanoseconds time) {
+    auto longest = 0ns;
+    auto still = 0ns;
+    auto seen = progress();
+    for (const auto end = now + time; now < end;) {
+      now += gpu::look_interval;
+      watch->look(now);
+      still = progress() == seen ? still + gpu::look_interval : 0ns;
+      seen = progress();
+      longest = std::max(longest, still);
+    }
+    return longest;
+  };
+  CHECK(longest_pause(1s) == 1s); // it does not wait: it has to say itself that it gets on
+  for (int i = 0; i < 40; ++i) {
+    device.begin(*watch);
+    CHECK(longest_pause(i == 0 ? 9s : 100ms) <= 2 * gpu::look_interval);
+    device.end(*watch, 100ms);
+  }
+  device.begin(*watch);
+  // Where steps are known it is overdue after 400 ms, and whoever looks ends the process.
+  const auto pause = longest_pause(30s);
+  if (is_alone)
+    CHECK(pause > 29s);
+  else
+    CHECK(std::chrono::abs(pause - 20s) < 50ms);
 }
 
 TEST_CASE("time between steps is no wait for a GPU, however long") {

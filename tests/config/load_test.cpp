@@ -120,8 +120,8 @@ TEST_CASE("every key arrives in its own field") {
                   "  draft_tokens: 2\n"
                   "  threads: 15\n"
                   "recovery: {heartbeat_ms: 21, hang_ms: 220, max_restarts: 23,\n"
-                  "           within_s: 24, spares: 0, deadline_ms: 2500}\n"
-                  "network: {bind: '::1'}\n",
+                  "           within_s: 24, startup_s: 25, spares: 0, deadline_ms: 2500}\n"
+                  "network: {bind: 'fd00::1'}\n",
                   file_name);
   REQUIRE(problems_of(loaded) == std::vector<std::string>{});
   CHECK(loaded->cluster == "big");
@@ -154,7 +154,8 @@ TEST_CASE("every key arrives in its own field") {
   CHECK(loaded->recovery.max_restarts == 23);
   CHECK(loaded->recovery.within_s == 24);
   CHECK(loaded->recovery.deadline_ms == 2500);
-  CHECK(loaded->network.bind == "::1");
+  CHECK(loaded->recovery.startup_s == 25);
+  CHECK(loaded->network.bind == "fd00::1");
   CHECK(loaded->where("parallel.pipeline") == file_name + ":6:31");
   CHECK(loaded->where("nodes[1].devices") == file_name + ":5:5");
   CHECK(loaded->where("drill.name") == file_name);
@@ -220,7 +221,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 6) + (1 + 12) + (1 + 12) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 6) + (1 + 12) + (1 + 13) + (1 + 1));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
@@ -237,6 +238,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   CHECK(all->recovery.hang_ms == plain->recovery.hang_ms);
   CHECK(all->recovery.max_restarts == plain->recovery.max_restarts);
   CHECK(all->recovery.within_s == plain->recovery.within_s);
+  CHECK(all->recovery.startup_s == plain->recovery.startup_s);
   CHECK(all->recovery.deadline_ms == plain->recovery.deadline_ms);
   CHECK(all->recovery.spares == plain->recovery.spares);
   CHECK(all->recovery.standbys == plain->recovery.standbys);
@@ -414,6 +416,18 @@ TEST_CASE("names, addresses and devices") {
     {"nodes: [{host: gpu-7.example}]\n", "c.yaml:2:16: nodes[0].host: \"gpu-7.example\" is not "
                                          "this machine, and launch: local starts the "
                                          "node here; write localhost, or launch: join"},
+    {"nodes: [{name: far, host: gpu-7.example, launch: join}]\n",
+     "c.yaml:1:1: network.bind: far on gpu-7.example cannot reach \"127.0.0.1\"; write the address "
+     "that "
+     "this host has in their network"},
+    {"nodes: [{name: far, host: 10.0.0.7, launch: join}]\nnetwork: {bind: 127.0.0.2}\n",
+     "c.yaml:3:17: network.bind: far on 10.0.0.7 cannot reach \"127.0.0.2\"; write the address "
+     "that "
+     "this host has in their network"},
+    {"network: {bind: 0.0.0.0}\n",
+     "c.yaml:2:17: network.bind: \"0.0.0.0\" is no address that "
+     "others can be told to reach this host at; write the one that it "
+     "has in their network"},
     {"nodes: [{launch: rsh}]\n",
      "c.yaml:2:18: nodes[0].launch: \"rsh\" is not known; write one of: local, ssh, join"},
   });

@@ -219,3 +219,92 @@ TEST_CASE("a cluster that is stopped while it works ends cleanly") {
   c.end();
   load.finish();
 }
+
+namespace {
+
+/// The command in "run `troupe node ...` on", without its first word.
+std::vector<std::string> join_arguments(const std::string& said) {
+  const auto begin = said.find("run `troupe ");
+  REQUIRE(begin != std::string::npos);
+  const auto first = begin + std::strlen("run `troupe ");
+  std::istringstream words{said.substr(first, said.find('`', first) - first)};
+  std::vector<std::string> result;
+  for (std::string word; words >> word;)
+    result.push_back(word);
+  return result;
+}
+
+/// A config of two stages, of which node-1, who is to join, has the second.
+fs::path joined_config(const temporary_directory& directory) {
+  auto file = directory.path() / "joined.yaml";
+  write_file(file,
+             "cluster: joined\nmodel: {path: " + source_path("configs/models/troupe-mini").string()
+               + "}\n"
+                 "nodes:\n"
+                 "  - {name: node-0, devices: [cpu]}\n"
+                 "  - {name: node-1, host: localhost, launch: join, devices: [cpu]}\n"
+                 "parallel: {pipeline: 2}\n"
+                 "serving: {listen: '127.0.0.1:0'}\n");
+  return file;
+}
+
+} // namespace
+
+TEST_CASE("a node that does not join in time is named") {
+  temporary_directory here;
+  const auto result =
+    run_troupe({"up", joined_config(here).string(), "--set", "recovery.startup_s=1"}, here.path());
+  INFO(result.output);
+  CHECK(result.code == 1);
+  CHECK(result.output.find("not ready after 1 s: waited for node-1 (has not joined)")
+        != std::string::npos);
+  CHECK(result.output.find("recovery.startup_s") != std::string::npos);
+}
+
+TEST_CASE("a node joins by the command that is printed, and again after its death") {
+  temporary_directory here;
+  temporary_directory there; // another host's files
+  const auto config = joined_config(here);
+  program up{troupe_program(), {"up", config.string()}, here.path(), here.path() / "up.log"};
+  const auto says = [&](const std::string& what) {
+    return eventually([&] { return up.output().find(what) != std::string::npos; }, 30s);
+  };
+  REQUIRE(says("on localhost\n"));
+  const auto arguments = join_arguments(up.output());
+  auto node =
+    std::make_unique<program>(troupe_program(), arguments, there.path(), there.path() / "node.log");
+  INFO(up.output() << node->output());
+  REQUIRE(says("is ready after"));
+  const auto endpoint =
+    json::parse(read_file(here.path() / "troupe/joined/state.json")).value("endpoint", "");
+  const auto node_1 = [&]() -> json {
+    auto answer = troupe::http::fetch({"GET", endpoint + "/v1/cluster", {}, {}}, 2s);
+    auto status = answer ? json::parse(answer->body, nullptr, false) : json();
+    return status.is_object() ? status["nodes"][1] : json{{"state", "unknown"}};
+  };
+  CHECK(run_golden_crowd(endpoint).empty());
+  CHECK(fs::exists(there.path() / "troupe/node-1/node-1-worker-0.log"));
+
+  node->signal(SIGKILL);
+  REQUIRE(eventually([&] { return node_1()["state"] != "up"; }, 10s));
+  CHECK(run_golden_crowd(endpoint).empty()); // its stage has moved
+  auto elsewhere = arguments;
+  elsewhere.insert(elsewhere.end(), {"--bind", "127.0.0.2"});
+  node = std::make_unique<program>(troupe_program(), elsewhere, there.path(),
+                                   there.path() / "again.log");
+  const auto is_back = [&] {
+    const auto now = node_1();
+    return now["state"] == "up" && now["workers"][0]["state"] == "running";
+  };
+  INFO(node->output());
+  REQUIRE(eventually(is_back, 30s));
+  CHECK(run_golden_crowd(endpoint).empty());
+
+  up.signal(SIGTERM);
+  const auto ended = up.wait(15s);
+  REQUIRE(ended);
+  CHECK(ended->status == 0);
+  node->signal(SIGTERM);
+  REQUIRE(node->wait(15s));
+  CHECK(processes_under(there.path()).empty());
+}

@@ -431,6 +431,39 @@ TEST_CASE("a node whose actors fit nowhere else is waited for") {
   CHECK(holder_of(m, "replica-0/stage-1")->state() == proto::RUNNING);
 }
 
+TEST_CASE("a node whose actors fit on no GPU that is left is waited for") {
+  const auto lose_node_1 = [](std::uint64_t bytes_of_node_0) {
+    auto plan = two_nodes(0);
+    for (auto& worker : *plan.mutable_workers()) {
+      worker.set_device("cuda:0");
+      worker.mutable_actors(0)->set_device_bytes(600);
+    }
+    membership m(plan, 1, 42);
+    m.node_hello(hello(1), start);
+    m.node_hello(hello(1, "node-1"), start);
+    m.worker_changed(change("node-0/worker-0", 1, proto::RUNNING), start);
+    m.worker_changed(on_node_1(1, proto::RUNNING), start);
+    proto::NodeHeartbeat beat;
+    beat.set_name("node-0");
+    beat.set_incarnation(1);
+    auto* gpu = beat.mutable_devices()->add_gpus();
+    gpu->set_device("cuda:0");
+    gpu->set_memory_total_bytes(bytes_of_node_0);
+    proto::NodeHeartbeat answer;
+    const auto version = m.view().version();
+    CHECK(m.node_heartbeat(beat, start, answer).view_changed);
+    CHECK(m.view().version() == version + 1);
+    CHECK_FALSE(m.node_heartbeat(beat, start, answer).view_changed); // no news the second time
+    CHECK(m.view().version() == version + 1);
+    m.node_disconnected("node-1", start);
+    beat_until(m, "node-0", 30);
+    CHECK(m.status().error().code() == 0);
+    return holder_of(m, "replica-0/stage-1")->plan().name();
+  };
+  CHECK(lose_node_1(1400) == "node-0/worker-0");
+  CHECK(lose_node_1(1300) == "node-1/worker-0");
+}
+
 TEST_CASE(
   "a node that was taken for dead is told what it is to run now, and its reports count no more") {
   auto m = two_nodes_running(1);

@@ -102,6 +102,41 @@ TEST_CASE("what moves to a GPU needs no memory of its host") {
   CHECK(text(relocate(b.view, {"a/worker-0"})) == "s0:a/worker-0>b/worker-2 ");
 }
 
+TEST_CASE("what moves to GPUs fits into each of them, or does not move") {
+  auto b = builder().node("a").worker({"s0"}).node("b").worker({"s1"}).worker({});
+  b.view.mutable_workers(0)->mutable_plan()->set_device("cuda:0,cuda:1");
+  b.view.mutable_workers(1)->mutable_plan()->set_device("cuda:0,cuda:1");
+  b.view.mutable_workers(2)->mutable_plan()->set_device("cuda:2,cuda:3");
+  for (auto& worker : *b.view.mutable_workers())
+    for (auto& actor : *worker.mutable_plan()->mutable_actors())
+      actor.set_device_bytes(60);
+  auto& gpus = *b.view.mutable_nodes(1)->mutable_gpu_bytes();
+  const auto moved = [&] { return text(relocate(b.view, {"a/worker-0"})); };
+  CHECK(moved() == "s0:a/worker-0>b/worker-2 "); // nothing is known of them
+  gpus["cuda:2"] = 80;
+  gpus["cuda:3"] = 60; // nine tenths are 54
+  CHECK(moved() == "s0:a/worker-0>b/worker-1 ");
+  gpus["cuda:0"] = 150; // 135 for two actors
+  gpus["cuda:1"] = 130;
+  CHECK(moved() == "s0 of a/worker-0 fits on no device that is left");
+  gpus["cuda:1"] = 140;
+  CHECK(moved() == "s0:a/worker-0>b/worker-1 ");
+}
+
+TEST_CASE("workers that share a GPU share its memory") {
+  auto b = builder().node("a").worker({"s0"}).node("b").worker({"s1"}).worker({});
+  for (auto& worker : *b.view.mutable_workers()) {
+    worker.mutable_plan()->set_device("cuda:0");
+    for (auto& actor : *worker.mutable_plan()->mutable_actors())
+      actor.set_device_bytes(60);
+  }
+  auto& gpus = *b.view.mutable_nodes(1)->mutable_gpu_bytes();
+  gpus["cuda:0"] = 130;
+  CHECK(relocate(b.view, {"a/worker-0"}).moves.empty());
+  gpus["cuda:0"] = 140;
+  CHECK(text(relocate(b.view, {"a/worker-0"})) == "s0:a/worker-0>b/worker-2 ");
+}
+
 TEST_CASE("whatever is lost, each actor ends up on exactly one usable worker or is named") {
   std::mt19937 random(3);
   auto pick = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
@@ -158,7 +193,18 @@ TEST_CASE("a loss is foreseen in words") {
   REQUIRE(lines.size() == 2);
   CHECK(lines[0] == "if a is lost: s0 moves to the spare b/worker-2");
   CHECK(lines[1] == "if b is lost: s1 is packed onto a/worker-0");
-  lines = recovery::foresee_losses(plan, {{"a", 150}});
+  lines = recovery::foresee_losses(plan, {{"a", {150, {}}}});
+  CHECK(lines[1]
+        == "if b is lost: s1 of b/worker-1 fits on no device that is left: requests wait until it "
+           "is back");
+  for (auto& worker : *plan.mutable_workers()) {
+    worker.set_device("cuda:0");
+    for (auto& actor : *worker.mutable_actors())
+      actor.set_device_bytes(60);
+  }
+  lines = recovery::foresee_losses(plan, {{"a", {1000, {{"cuda:0", 130}}}}});
+  CHECK(lines[0]
+        == "if a is lost: s0 moves to the spare b/worker-2 if its GPU has room (not known here)");
   CHECK(lines[1]
         == "if b is lost: s1 of b/worker-1 fits on no device that is left: requests wait until it "
            "is back");

@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -11,15 +13,17 @@
 #include "step.hpp"
 #include "timing.hpp"
 
-/// gpu-bench [PART ...]: the kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the
-/// ceilings measured in the same run. Parts: linear prefill heads attention experts sample step
-/// ranks tensor load; or boundary, alone.
+/// The kernels of the CUDA back end on the shapes of DeepSeek-R1, beside the ceilings measured in
+/// the same run.
 
 namespace gpu_bench {
 
 namespace {
 
 using namespace troupe::kernels;
+
+constexpr std::array kParts{"linear", "prefill", "heads", "attention", "sample", "experts",
+                            "step",   "exact",   "ranks", "tensor",    "load"};
 
 constexpr std::size_t kColdBytes = std::size_t{256} << 20; ///< several times the L2
 
@@ -261,9 +265,33 @@ void bench_sample(gpu_ops& ops) {
   }
 }
 
+/// The exit code, where the arguments are no parts.
+std::optional<int> refuse(int argc, char** argv) {
+  std::string usage =
+    "usage: gpu-bench [PART ...], all parts if none is named; or gpu-bench boundary\nparts:";
+  for (const char* part : kParts) {
+    usage += std::string(" ") + part;
+  }
+  for (int i = 1; i < argc; ++i) {
+    const std::string asked = argv[i];
+    if (asked == "-h" || asked == "--help") {
+      std::printf("%s\n", usage.c_str());
+      return 0;
+    }
+    if (std::find(kParts.begin(), kParts.end(), asked) == kParts.end()) {
+      std::fprintf(stderr, "gpu-bench: there is no part '%s'\n%s\n", asked.c_str(), usage.c_str());
+      return 2;
+    }
+  }
+  return std::nullopt;
+}
+
 int run(int argc, char** argv) {
   if (argc == 2 && std::strcmp(argv[1], "boundary") == 0) {
     return bench_boundary();
+  }
+  if (const auto refused = refuse(argc, argv)) {
+    return *refused;
   }
   std::string error;
   const auto ops = cuda::num_devices() > 0 ? cuda::make_cuda_ops(0, error) : nullptr;

@@ -211,8 +211,10 @@ void add_model(CLI::App& bench, command& run) {
   sub
     ->add_option("--numerics", opts->numerics,
                  "exact: activations in float32; fast: rounded before products")
-    ->transform(CLI::CheckedTransformer(std::map<std::string, kernels::numerics>{
-      {"exact", kernels::numerics::exact}, {"fast", kernels::numerics::fast}}));
+    ->transform(CLI::CheckedTransformer(
+                  std::map<std::string, kernels::numerics>{{"exact", kernels::numerics::exact},
+                                                           {"fast", kernels::numerics::fast}})
+                  .description("exact or fast"));
   sub->add_option("--prompt", opts->prompt, "tokens of the prefill")
     ->capture_default_str()
     ->check(at_least_one());

@@ -7,6 +7,7 @@
 #include "troupe/base/identity.hpp"
 #include "troupe/base/log.hpp"
 #include "troupe/base/startup_report.hpp"
+#include "troupe/base/unique_fd.hpp"
 #include "troupe/config/cluster_config.hpp"
 #include "troupe/http/client.hpp"
 #include "troupe/model/model_config.hpp"
@@ -76,11 +77,13 @@ int up_detached(up_arguments& arguments) {
   if (child < 0)
     return complain(fail(error_code::resource_exhausted, "cannot fork").value());
   if (child > 0) {
-    auto started = pipe->wait(arguments.launch.patience + 30s);
+    auto config = config::load(arguments.launch.config.file, arguments.launch.config.settings);
+    if (!config)
+      return complain(config.error());
+    auto started = pipe->wait(std::chrono::seconds(config->recovery.startup_s) + 30s);
     if (!started)
       return complain(started.error());
-    auto config = config::load(arguments.launch.config.file, arguments.launch.config.settings);
-    auto state = config ? actors::find_cluster(config->cluster) : tl::unexpected(config.error());
+    auto state = actors::find_cluster(config->cluster);
     if (!state)
       return complain(state.error());
     fmt::print("cluster {} is ready: {}\n  `troupe status {}` shows it, `troupe down {}` ends it\n",
@@ -88,6 +91,7 @@ int up_detached(up_arguments& arguments) {
     return EXIT_SUCCESS;
   }
   ::setsid();
+  unique_fd terminal{::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3)};
   int null_fd = ::open("/dev/null", O_RDWR | O_CLOEXEC);
   ::dup2(null_fd, STDIN_FILENO);
   ::dup2(null_fd, STDOUT_FILENO);
@@ -95,7 +99,13 @@ int up_detached(up_arguments& arguments) {
   become_launcher();
   int report_fd = pipe->child_fd();
   bool reported = false;
+  if (!arguments.quiet)
+    arguments.launch.say = [&](const std::string& line) {
+      if (terminal)
+        ::dprintf(terminal.get(), "  %s\n", line.c_str());
+    };
   arguments.launch.on_ready = [&](const actors::cluster_state&, double) {
+    terminal.reset(); // whoever waits for its end need not wait for the cluster's
     report_started(report_fd, 0);
     reported = true;
   };
@@ -210,10 +220,11 @@ void add_plan(CLI::App& app, command& run) {
       fmt::print("{}", placement::describe(*placed));
       for (const auto& gpu : actors::device_needs(*checked, *model))
         fmt::print("{} of {} is to hold {}\n", gpu.device, gpu.node, placement::describe(gpu.need));
-      std::map<std::string, std::uint64_t> memory;
+      std::map<std::string, recovery::node_memory> memory;
+      auto gpus = actors::local_gpu_bytes(*config, *checked);
       for (const auto& node : config->nodes)
         if (node.launch == config::launch_mode::local)
-          memory[node.name] = host_memory_bytes();
+          memory[node.name] = {host_memory_bytes(), std::move(gpus[node.name])};
       for (const auto& line : recovery::foresee_losses(*checked, memory))
         fmt::print("{}\n", line);
       return EXIT_SUCCESS;

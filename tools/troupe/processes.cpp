@@ -23,7 +23,7 @@ struct process_arguments {
   std::uint16_t port = 0;
   std::uint16_t controller_port = 0;
   std::string peer; ///< HOST:PORT
-  std::string bind = "127.0.0.1";
+  std::string bind;
   std::string log_directory;
   std::string log_level = "info";
   std::uint32_t heartbeat_ms = 100;
@@ -60,10 +60,13 @@ void add_config(CLI::App* sub, const arguments_ptr& arguments) {
     ->allow_extra_args(false);
 }
 
-/// HOST and PORT of "HOST:PORT".
+/// HOST and PORT of "HOST:PORT"; HOST without the brackets of "[::1]:PORT".
 std::pair<std::string, std::uint16_t> split_peer(const std::string& peer) {
   auto colon = peer.rfind(':');
-  return {peer.substr(0, colon), static_cast<std::uint16_t>(std::stoul(peer.substr(colon + 1)))};
+  auto host = peer.substr(0, colon);
+  if (host.starts_with('[') && host.ends_with(']'))
+    host = host.substr(1, host.size() - 2);
+  return {std::move(host), static_cast<std::uint16_t>(std::stoul(peer.substr(colon + 1)))};
 }
 
 } // namespace
@@ -103,15 +106,22 @@ void add_processes(CLI::App& app, command& run) {
     };
   });
 
-  auto* node =
-    declare(app, "node", "Parent of a host's workers and keeper of their memory", arguments);
+  auto* node = declare(
+    app, "node",
+    "Parent of a host's workers and keeper of their memory; by hand for `launch: join`", arguments);
   node->add_option("--name", arguments->name, "as in the cluster file")->required();
   node->add_option("--controller", arguments->peer, "HOST:PORT of the controller")
     ->required()
     ->check(host_port);
-  node->add_option("--bind", arguments->bind, "address that workers and peers reach this node at");
-  node->add_option("--log-directory", arguments->log_directory, "one log a worker goes here");
-  node->callback([arguments, &run] {
+  node->add_option("--bind", arguments->bind,
+                   "address that workers and peers reach this node at; default: the one that the "
+                   "controller sees");
+  node->add_option("--log-directory", arguments->log_directory,
+                   "one log a worker goes here; default: $XDG_RUNTIME_DIR/troupe/NAME, or "
+                   "/tmp/troupe-UID/NAME");
+  node->callback([arguments, node, &run] {
+    if (node->count("--incarnation") == 0)
+      arguments->process.incarnation = 0;
     run = [arguments] {
       begin(*arguments, arguments->name);
       actors::node_options options;
@@ -139,7 +149,9 @@ void add_processes(CLI::App& app, command& run) {
     };
   });
 
-  auto* worker = declare(app, "worker", "Stages and expert groups of one device", arguments);
+  auto* worker =
+    declare(app, "worker",
+            "Stages and expert groups of a device, or of those that compute together", arguments);
   worker->add_option("--name", arguments->name, "NODE/worker-N")->required();
   worker->add_option("--node", arguments->peer, "HOST:PORT of the node process")
     ->required()

@@ -56,12 +56,7 @@ public:
     query_ = place(random_weight(element_type::f8_e4m3, kHidden, kHidden, random, true));
     output_ = place(random_weight(element_type::bf16, kHidden, kHeads * kLatent, random));
     router_ = place(random_weight(element_type::bf16, 8, kHidden, random), weight_use::stored);
-    for (int e = 0; e < 8; ++e) {
-      const auto gate = place(random_weight(element_type::f8_e4m3, 80, kHidden, random, true));
-      const auto up = place(random_weight(element_type::f8_e4m3, 80, kHidden, random, true));
-      experts_.push_back(
-        {gate, up, place(random_weight(element_type::f8_e4m3, kHidden, 80, random, true))});
-    }
+    make_experts(random);
     norm_ = vector(random_matrix(1, kHidden, random).data);
     frequencies_ = vector({1.0F, 0.5F, 0.25F, 0.1F, 0.05F, 0.01F, 0.001F, 0.0001F});
     for (auto* buffer : {&x_, &normed_, &queries_, &attended_, &delta_, &expert_out_}) {
@@ -71,6 +66,26 @@ public:
   }
 
   gpu_ops& ops() { return *ops_; }
+  const std::vector<expert_weights>& experts() const { return experts_; }
+
+  /// Others than before, if there were any.
+  void make_experts(std::mt19937& random) {
+    experts_.clear();
+    for (int e = 0; e < 8; ++e) {
+      const auto gate = place(random_weight(element_type::f8_e4m3, 80, kHidden, random, true));
+      const auto up = place(random_weight(element_type::f8_e4m3, 80, kHidden, random, true));
+      experts_.push_back(
+        {gate, up, place(random_weight(element_type::f8_e4m3, kHidden, 80, random, true))});
+    }
+  }
+
+  /// Records the layer for so many rows, without computing it.
+  void record(int rows, std::uint64_t what, std::mt19937& random) {
+    const auto batch = random_batch(rows, random);
+    REQUIRE(ops_->record_only(true));
+    ops_->step({what, rows}, batch.ids, batch.view(), [&] { queue(batch); });
+    ops_->record_only(false);
+  }
 
   /// Queues the layer, for as many rows as there are ids.
   void queue(const toy_batch& b) {
@@ -192,6 +207,35 @@ TEST_CASE("a step that is only recorded computes nothing, and is repeated from t
     CHECK(model.ops().num_repeated_steps() == ++repeated);
     CHECK(same_bits(got, model.compute(batch)));
   }
+}
+
+TEST_CASE("experts have to be known before a step with them is only recorded") {
+  if (gpu() == nullptr) {
+    return;
+  }
+  std::mt19937 random(48);
+  toy_model model(random);
+  model.step(random_batch(64, random)); // scratch memory has its size
+  std::uint64_t expected_repeats = 0;
+  for (const bool are_known : {true, false}) {
+    INFO((are_known ? "known" : "not known"));
+    const std::uint64_t what = are_known ? 2 : 3;
+    model.make_experts(random);
+    if (are_known) {
+      model.ops().know_experts(model.experts());
+    }
+    model.record(5, what, random);
+    // What could not be recorded beforehand is computed once, and recorded then.
+    expected_repeats += are_known ? 1 : 0;
+    for (int round = 0; round < 3; ++round) {
+      const auto batch = random_batch(5, random);
+      const auto got = model.step(batch, what);
+      CHECK(model.ops().num_repeated_steps() == expected_repeats++);
+      CHECK(same_bits(got, model.compute(batch)));
+    }
+    expected_repeats -= 1;
+  }
+  CHECK(model.ops().failure().empty());
 }
 
 TEST_CASE("a step that is repeated computes what it is given then") {
