@@ -327,7 +327,8 @@ node_policy::standby_for(const std::string& worker) {
   return best;
 }
 
-/// Weights are there only once a worker runs.
+/// Weights are there only once a worker runs. One standby at a time for each worker: what it
+/// computes meanwhile slows down a GPU that is judged by how long it takes.
 void node_policy::load_ahead(effects& out) {
   for (auto& [name, s] : standbys_) {
     if (!s.ready || !s.loads_for.empty())
@@ -338,9 +339,15 @@ void node_policy::load_ahead(effects& out) {
       if (w.view.state() != proto::RUNNING || !w.process || w.replacing
           || !w.view.plan().device().starts_with("cuda:"))
         continue;
-      auto others = std::count_if(standbys_.begin(), standbys_.end(), [&of = of](const auto& one) {
-        return one.second.loads_for == of;
-      });
+      std::ptrdiff_t others = 0;
+      bool is_taken = false;
+      for (const auto& [_, other] : standbys_)
+        if (other.loads_for == of) {
+          ++others;
+          is_taken |= other.is_loading;
+        }
+      if (is_taken)
+        continue;
       if (chosen == nullptr || others < fewest) {
         chosen = &w;
         fewest = others;
@@ -407,6 +414,7 @@ void node_policy::take_standby_report(const std::string& name, const proto::Work
   s.is_loading = false;
   if (said.state() == proto::FAILED) {
     out.emplace_back(note{true, fmt::format("{}: {}", name, from_proto(said.error()).text())});
+    load_ahead(out);
     return;
   }
   load_ahead(out);

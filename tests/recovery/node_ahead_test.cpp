@@ -115,6 +115,24 @@ TEST_CASE("each worker gets a standby before one gets two, and each its own") {
   }
 }
 
+TEST_CASE("one standby at a time loads ahead for a worker") {
+  auto n = gpus(1, 2);
+  run(n, "node-0/worker-0");
+  n.make_ready("node-0/standby-0");
+  n.done();
+  n.make_ready("node-0/standby-1");
+  CHECK(n.done() == steps{"prepare node-0/standby-1#1", "hello"});
+  const std::string next = "prepare node-0/standby-1#1 replica-0/stage-0 on cuda:0";
+  SECTION("the first has loaded") {
+    n.say("node-0/standby-0", 1, proto::RUNNING);
+    CHECK(n.done() == steps{next, "hello"});
+  }
+  SECTION("the first could not") {
+    n.say("node-0/standby-0", 1, proto::FAILED);
+    CHECK(n.done().back() == next);
+  }
+}
+
 TEST_CASE("when a worker is to run other actors, who has loaded the old ones is killed") {
   auto n = gpus(1, 1);
   n.make_ready("node-0/standby-0");
