@@ -9,6 +9,7 @@
 #include "troupe/recovery/restart_policy.hpp"
 #include "troupe/transport/endpoint.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
@@ -216,7 +217,8 @@ std::string launcher::join_command(const std::string& node) const {
 }
 
 expected<void> launcher::start_all() {
-  std::vector<std::string> arguments{"controller", "--state-directory", directory_.string()};
+  std::vector<std::string> arguments{"controller", "--state-directory", directory_.string(),
+                                     "--port", std::to_string(config_.network.port)};
   auto config_part = config_arguments();
   arguments.insert(arguments.end(), config_part.begin(), config_part.end());
   auto controller = start_reporting("controller", arguments);
@@ -225,7 +227,8 @@ expected<void> launcher::start_all() {
   controller_port_ = *controller;
   // A restarted controller is found where the first one was.
   auto& controller_spec = supervised_.at("controller").spec.arguments;
-  controller_spec.insert(controller_spec.end(), {"--port", std::to_string(controller_port_)});
+  *std::next(std::find(controller_spec.begin(), controller_spec.end(), "--port")) =
+    std::to_string(controller_port_);
 
   arguments = {"frontend", "--controller-port", std::to_string(controller_port_),
                "--state-directory", directory_.string()};

@@ -113,6 +113,7 @@ struct recovery_settings {
 
 struct network_settings {
   std::string bind = "127.0.0.1"; ///< IP address that control and tensor traffic listens on
+  std::uint32_t port = 0;         ///< of the controller, for nodes that join; 0: any that is free
 };
 
 /// A cluster file, checked. Values that are not in the file have their defaults.

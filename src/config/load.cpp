@@ -339,6 +339,7 @@ void read_recovery(section from, recovery_settings& recovery) {
 }
 
 void read_network(section from, const std::vector<node>& nodes, network_settings& network) {
+  from.read_number("port", network.port, 0, 65535);
   const bool is_given = from.read_text("bind", network.bind);
   if (is_given && !is_ip_address(network.bind))
     from.refuse("bind", fmt::format("{} is not an IP address; write for instance 127.0.0.1",

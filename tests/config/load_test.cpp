@@ -121,7 +121,7 @@ TEST_CASE("every key arrives in its own field") {
                   "  threads: 15\n"
                   "recovery: {heartbeat_ms: 21, hang_ms: 220, max_restarts: 23,\n"
                   "           within_s: 24, startup_s: 25, spares: 0, deadline_ms: 2500}\n"
-                  "network: {bind: 'fd00::1'}\n",
+                  "network: {bind: 'fd00::1', port: 26}\n",
                   file_name);
   REQUIRE(problems_of(loaded) == std::vector<std::string>{});
   CHECK(loaded->cluster == "big");
@@ -156,6 +156,7 @@ TEST_CASE("every key arrives in its own field") {
   CHECK(loaded->recovery.deadline_ms == 2500);
   CHECK(loaded->recovery.startup_s == 25);
   CHECK(loaded->network.bind == "fd00::1");
+  CHECK(loaded->network.port == 26);
   CHECK(loaded->where("parallel.pipeline") == file_name + ":6:31");
   CHECK(loaded->where("nodes[1].devices") == file_name + ":5:5");
   CHECK(loaded->where("drill.name") == file_name);
@@ -221,7 +222,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   }
   const auto all = config::parse(text.str(), file_name);
   REQUIRE(problems_of(all) == std::vector<std::string>{});
-  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 6) + (1 + 12) + (1 + 13) + (1 + 1));
+  CHECK(all->positions.size() == 1 + (1 + 4) + (2 + 4) + (1 + 6) + (1 + 12) + (1 + 13) + (1 + 2));
   const auto plain = config::load(TROUPE_SOURCE_DIR "/configs/local.yaml");
   REQUIRE(plain);
   CHECK(all->model.name == plain->model.name);
@@ -251,6 +252,7 @@ TEST_CASE("the commented keys of local.yaml are real and show their defaults") {
   CHECK(all->parallel.data == plain->parallel.data);
   CHECK(all->parallel.expert_replicas == plain->parallel.expert_replicas);
   CHECK(all->network.bind == plain->network.bind);
+  CHECK(all->network.port == plain->network.port);
 }
 
 TEST_CASE("unknown and duplicate keys") {
@@ -264,7 +266,8 @@ TEST_CASE("unknown and duplicate keys") {
      "c.yaml:2:11: serving.page-tokens: unknown key; did you mean page_tokens?"},
     {"pipeline: 2\n", "c.yaml:2:1: pipeline: unknown key; did you mean parallel.pipeline?"},
     {"nodes: [{nmae: a}]\n", "c.yaml:2:10: nodes[0].nmae: unknown key; did you mean name?"},
-    {"network: {zzzzzz: 1}\n", "c.yaml:2:11: network.zzzzzz: unknown key; the keys here are bind"},
+    {"network: {zzzzzz: 1}\n",
+     "c.yaml:2:11: network.zzzzzz: unknown key; the keys here are bind, port"},
     {"\"a b\\n\": 1\n", "c.yaml:2:1: \"a b\\n\": unknown key; the keys here are cluster, model, "
                         "network, nodes, parallel, recovery, serving"},
     {"network:\n  <<: {bind: 127.0.0.1}\n",

@@ -59,6 +59,24 @@ private:
   temporary_directory directory_;
 };
 
+/// A port on which somebody listens.
+class taken_port {
+public:
+  taken_port() : fd_(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    address_.sin_family = AF_INET;
+    address_.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(::bind(fd_.get(), reinterpret_cast<sockaddr*>(&address_), sizeof address_) == 0);
+    REQUIRE(::listen(fd_.get(), 1) == 0);
+    socklen_t size = sizeof address_;
+    REQUIRE(::getsockname(fd_.get(), reinterpret_cast<sockaddr*>(&address_), &size) == 0);
+  }
+  int number() const { return ntohs(address_.sin_port); }
+
+private:
+  troupe::unique_fd fd_;
+  sockaddr_in address_{};
+};
+
 /// `troupe up single.yaml` with `settings` over it has to fail and to name every culprit.
 void expect_refusal(const std::string& what, std::vector<std::string> settings,
                     const std::vector<std::string>& culprits, fs::path config = {}) {
@@ -151,16 +169,10 @@ TEST_CASE("broken models are refused by name") {
 }
 
 TEST_CASE("a port that is taken is named") {
-  troupe::unique_fd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  REQUIRE(::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
-  REQUIRE(::listen(fd.get(), 1) == 0);
-  socklen_t size = sizeof address;
-  REQUIRE(::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0);
-  auto place = fmt::format("127.0.0.1:{}", ntohs(address.sin_port));
+  const taken_port taken;
+  auto place = fmt::format("127.0.0.1:{}", taken.number());
   expect_refusal("port taken", {"serving.listen=" + place}, {place});
+  expect_refusal("the controller's", {fmt::format("network.port={}", taken.number())}, {place});
 }
 
 TEST_CASE("of two clusters with the same name the second is refused, and the first runs on") {
@@ -265,12 +277,17 @@ TEST_CASE("a node joins by the command that is printed, and again after its deat
   temporary_directory here;
   temporary_directory there; // another host's files
   const auto config = joined_config(here);
-  program up{troupe_program(), {"up", config.string()}, here.path(), here.path() / "up.log"};
+  const int port = taken_port{}.number(); // and free again
+  program up{troupe_program(),
+             {"up", config.string(), "--set", fmt::format("network.port={}", port)},
+             here.path(),
+             here.path() / "up.log"};
   const auto says = [&](const std::string& what) {
     return eventually([&] { return up.output().find(what) != std::string::npos; }, 30s);
   };
   REQUIRE(says("on localhost\n"));
   const auto arguments = join_arguments(up.output());
+  CHECK(arguments.back() == fmt::format("127.0.0.1:{}", port));
   auto node =
     std::make_unique<program>(troupe_program(), arguments, there.path(), there.path() / "node.log");
   INFO(up.output() << node->output());
