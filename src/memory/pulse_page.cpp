@@ -55,7 +55,7 @@ struct alignas(cache_line) testament {
     std::size_t at = 0;
     for (auto part : {name, std::string_view(name.empty() ? "" : ": "), text}) {
       const auto count = std::min(part.size(), pulse::max_word_bytes - at);
-      std::memcpy(words.data() + at, part.data(), count);
+      std::copy_n(part.begin(), count, words.begin() + static_cast<std::ptrdiff_t>(at));
       at += count;
     }
     is_said.store(1, std::memory_order_release);

@@ -366,7 +366,7 @@ private:
       owner.num_payloads_ += payload.bytes.empty() ? 0 : 1;
       transport::buffer_pool buffers(1 << 20);
       frame->payload = std::move(*buffers.take(payload.bytes.size()));
-      std::memcpy(frame->payload.data(), payload.bytes.data(), payload.bytes.size());
+      std::copy(payload.bytes.begin(), payload.bytes.end(), frame->payload.data());
       caf::anon_send(owner.stages_[index], actors::frame_ptr(std::move(frame)));
     }
     pipeline& owner;
