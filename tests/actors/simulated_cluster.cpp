@@ -130,7 +130,7 @@ struct simulated_cluster::wire final : actors::frame_sink {
     frame->header = std::move(header);
     transport::buffer_pool buffers(1 << 20);
     frame->payload = std::move(*buffers.take(payload.bytes.size()));
-    std::memcpy(frame->payload.data(), payload.bytes.data(), payload.bytes.size());
+    std::copy(payload.bytes.begin(), payload.bytes.end(), frame->payload.data());
     caf::anon_send(stage->second, actors::frame_ptr(frame));
     if (again > 0ms)
       c.self->delayed_send(stage->second, again, actors::frame_ptr(frame));
