@@ -213,7 +213,7 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
     spec.life = c.watch->life();
   }
   spec.log_path = log_path_of(what.name);
-  if (!keepers_.empty() && !spec.log_path.empty())
+  if (!keepers_.empty())
     spec.environment = exceptions_stay_local(spec.log_path);
   auto pid = children_->spawn(std::move(spec));
   if (!pid)
@@ -223,8 +223,6 @@ expected<node_supervisor::child> node_supervisor::spawn(const policy::start_proc
 }
 
 std::string node_supervisor::log_path_of(const std::string& process) const {
-  if (options_.log_directory.empty())
-    return {};
   auto file = process;
   std::replace(file.begin(), file.end(), '/', '-');
   return fmt::format("{}/{}.log", options_.log_directory, file);

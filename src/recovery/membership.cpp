@@ -71,6 +71,19 @@ void remove_actor(proto::WorkerPlan& plan, const std::string& id) {
       actors->DeleteSubrange(i--, 1);
 }
 
+/// True when it is news. What a GPU has does not change; the first report after a start tells it.
+bool note_gpu_bytes(proto::NodeView& node, const proto::DeviceReport& report) {
+  bool is_news = false;
+  for (const auto& gpu : report.gpus()) {
+    if (!gpu.has_memory_total_bytes())
+      continue;
+    auto& known = (*node.mutable_gpu_bytes())[gpu.device()];
+    is_news |= known != gpu.memory_total_bytes();
+    known = gpu.memory_total_bytes();
+  }
+  return is_news;
+}
+
 } // namespace
 
 void membership::effects::operator|=(const effects& more) {
@@ -195,19 +208,6 @@ membership::effects membership::catch_up(const proto::ClusterView& seen, time_po
     watch(name).assignment_version = view_.version();
   result.view_changed = true;
   return result;
-}
-
-/// True when it is news. What a GPU has does not change; the first report after a start tells it.
-bool membership::note_gpu_bytes(proto::NodeView& node, const proto::DeviceReport& report) {
-  bool is_news = false;
-  for (const auto& gpu : report.gpus()) {
-    if (!gpu.has_memory_total_bytes())
-      continue;
-    auto& known = (*node.mutable_gpu_bytes())[gpu.device()];
-    is_news |= known != gpu.memory_total_bytes();
-    known = gpu.memory_total_bytes();
-  }
-  return is_news;
 }
 
 membership::effects membership::node_hello(const proto::NodeHello& hello, time_point now) {

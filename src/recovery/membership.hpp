@@ -129,7 +129,6 @@ private:
   /// A controller that restarted learns from those who remember where things stand.
   effects catch_up(const proto::ClusterView& seen, time_point now);
   void lose(const std::set<std::string>& workers, const fault& what, time_point now);
-  static bool note_gpu_bytes(proto::NodeView& node, const proto::DeviceReport& report);
   effects give_up_node(proto::NodeView& node, const fault& what, time_point now);
   effects give_up_worker(proto::WorkerView& worker, time_point now);
   effects apply(const relocation& found);
